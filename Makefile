@@ -1,0 +1,67 @@
+# make demo    a sweep on the built-in digits, two minutes on two cores, and its report
+# make test    ruff, mypy, pytest
+# make bench   tests/bench/bench_*.py, one after another
+#
+# PYTHON=python3.12        the interpreter that makes .venv (3.11 or newer)
+# PIP_FLAGS=...            for pip install, such as another index of torch's wheels
+# DEMO_FLAGS=, PYTEST_FLAGS=   passed on
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
+NAME := demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help demo test lint bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/installed
+	$(BIN)/contrasweep sweep --out runs --name $(NAME) $(DEMO_FLAGS)
+	@echo "report: $(CURDIR)/runs/$(NAME)/report/index.html"
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-dev
+	@set -e; for file in tests/bench/bench_*.py; do \
+		test -e "$$file" || { echo "no benchmarks in tests/bench"; exit 1; }; \
+		echo "== $$file"; $(BIN)/python "$$file"; \
+	done
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find spaces trainer search analysis tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed again only when what is asked for has changed. The development set contains the other.
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); minutes the first time, torch is large"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); minutes the first time, torch is large"
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "contrasweep needs Python 3.11 or newer; '$(PYTHON)' is" \
+			"$$(command -v $(PYTHON) >/dev/null && $(PYTHON) --version 2>&1 || echo missing)." \
+			"Set PYTHON=/path/to/python3.11" >&2; \
+		exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; \
+		exit 1; }

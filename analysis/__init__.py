@@ -1,0 +1,21 @@
+"""Reading a sweep back from MLflow: frames, tables, figures and one HTML page.
+
+MLflow is the only source, so a report can be made on any machine that reaches the tracking
+store; neither torch nor Ray is imported.
+"""
+
+from __future__ import annotations
+
+from analysis.load import SweepFrames, SweepInfo, load_sweep
+from analysis.report import write_report
+from analysis.tables import leaderboard, leaderboard_rows, summarise
+
+__all__ = [
+    "SweepFrames",
+    "SweepInfo",
+    "leaderboard",
+    "leaderboard_rows",
+    "load_sweep",
+    "summarise",
+    "write_report",
+]

@@ -1,0 +1,347 @@
+"""MLflow -> tidy frames: one sweep as `SweepFrames`. The only reader of the store.
+
+The tags, parameters and metrics read here are the ones that the recorder of sweeps writes:
+one parent run a sweep, one child run a trial, metrics at step = images seen. Only MLflow's
+public client is used, one request a trial and metric; artifacts are not read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import pandas as pd
+
+from analysis.store import (
+    EXPERIMENT,
+    TAG,
+    connect,
+    first_line,
+    search,
+    store_errors,
+    without_credentials,
+)
+
+UNFINISHED = "unfinished"
+"""State of a trial without a final state: it runs, or its sweep was interrupted."""
+
+FAILED_STATES = ("diverged", "oom", "error", "lost")
+STATES = ("completed", "pruned", UNFINISHED, *FAILED_STATES)
+
+RUNG_METRICS = ("rung_cutoff", "rung_competitors", "rung_stop")
+REPORT_METRICS = ("train_loss",)
+"""What the report's page reads beside the objective, the marks and the rungs' decisions."""
+
+TRIAL_COLUMNS = (
+    *("number", "state", "reason", "is_default", "objective", "best_objective"),
+    *("samples_seen", "mark", "wall_s", "images_per_s", "start", "end"),
+    *("node", "seed", "rung", "run_id"),
+)
+CURVE_COLUMNS = ("number", "metric", "samples_seen", "mark", "value", "time")
+DECISION_COLUMNS = ("number", "mark", "samples_seen", "value", "cutoff", "competitors", "stop")
+
+
+class SweepInfo(TypedDict):
+    """What is known of a sweep as a whole; images are images of the train split."""
+
+    name: str
+    sweep_id: str
+    run_id: str
+    tracking_uri: str  # without user and password
+    state: str  # running, finished or interrupted
+    objective: str
+    mode: str  # max or min
+    total_images: int  # full resource of one trial
+    train_images: int  # images an epoch
+    val_images: int | None  # images behind the objective, None where it was not recorded
+    rungs: tuple[int, ...]
+    reduction: float | None
+    slots: int | None  # trials at once
+    wall_s: float | None  # driver's wall, without the pauses between interrupt and resume
+    start: pd.Timestamp
+    end: pd.Timestamp | None
+    dataset: str
+    space: str
+    sampler: str
+    scheduler: str
+    versions: dict[str, str]
+    commit: str | None
+    config: dict[str, str]
+    distributions: dict[str, str]  # searched parameter -> Optuna's JSON of its range
+
+
+@dataclass(frozen=True)
+class SweepFrames:
+    """One sweep.
+
+    `trials`: one row a trial, TRIAL_COLUMNS and one column `param.NAME` for each searched
+    parameter (missing where a conditional parameter was not drawn). `objective` is the last
+    value reported, `rung` the images of the rung where a pruned trial was stopped.
+    `curves`: one row a trial, metric and report, CURVE_COLUMNS, in order of time.
+    `decisions`: one row a trial and rung reached, DECISION_COLUMNS.
+    """
+
+    info: SweepInfo
+    trials: pd.DataFrame
+    curves: pd.DataFrame
+    decisions: pd.DataFrame
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the searched parameters."""
+        names = [str(name) for name in self.trials.columns]
+        return [name.removeprefix("param.") for name in names if name.startswith("param.")]
+
+
+def load_sweep(
+    tracking_uri: str,
+    name: str,
+    *,
+    sweep_id: str | None = None,
+    metrics: Iterable[str] | None = None,
+) -> SweepFrames:
+    """Read a sweep by its name; of several with one name the newest, or the one of `sweep_id`.
+
+    `metrics` limits the learning curves to these and the objective (None: every metric; about
+    a millisecond a trial and metric). Raises ValueError, in one line, for a store that cannot
+    be read and for a sweep that is not in it.
+    """
+    shown = without_credentials(tracking_uri)
+    client = connect(tracking_uri)
+    wanted = None if metrics is None else frozenset(metrics)
+    try:
+        parent = _find_parent(client, shown, name, sweep_id)
+        info = _sweep_info(parent, shown)
+        runs = search(client, [parent.info.experiment_id], "trial", info["sweep_id"])
+        by_number = {int(run.data.tags[TAG + "number"]): run for run in runs}
+        histories = {
+            number: _histories(client, run, info["objective"], wanted)
+            for number, run in sorted(by_number.items())
+        }
+    except store_errors() as error:
+        raise ValueError(f"cannot read tracking store {shown}: {first_line(error)}") from None
+    except KeyError as error:
+        raise ValueError(f"sweep {name!r}: its records lack the tag {error}") from None
+    for run in by_number.values():
+        info["distributions"].update(_json_tag(run, "distributions", {}))
+
+    curves = _curves_frame(histories)
+    trials = _trials_frame([by_number[number] for number in histories], info, curves)
+    return SweepFrames(info, trials, curves, _decisions_frame(histories, info))
+
+
+def _find_parent(client: Any, uri: str, name: str, sweep_id: str | None) -> Any:
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    parents = [] if experiment is None else search(client, [experiment.experiment_id], "sweep")
+    names = sorted({parent.data.tags.get(TAG + "sweep", "") for parent in parents})
+    named = [parent for parent in parents if parent.data.tags.get(TAG + "sweep") == name]
+    if not named:
+        there = f"sweeps there: {', '.join(names)}" if names else "it holds no sweep"
+        raise ValueError(f"no sweep {name!r} in {uri}; {there}")
+    if sweep_id is None:
+        return named[-1]
+    for parent in named:
+        if parent.data.tags.get(TAG + "sweep_id") == sweep_id:
+            return parent
+    ids = ", ".join(parent.data.tags.get(TAG + "sweep_id", "?") for parent in named)
+    raise ValueError(f"no sweep {name!r} with id {sweep_id!r} in {uri}; ids of that name: {ids}")
+
+
+def _json_tag(run: Any, tag: str, default: Any) -> Any:
+    text = run.data.tags.get(TAG + tag)
+    if text is None:
+        return default
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        message = f"run {run.info.run_id}: tag {TAG}{tag} must be JSON, got {text[:80]!r}"
+        raise ValueError(message) from None
+
+
+def _number_tag(tags: Mapping[str, str], tag: str) -> float | None:
+    try:
+        value = float(tags[TAG + tag])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _timestamp(milliseconds: int | None) -> pd.Timestamp | None:
+    return None if milliseconds is None else pd.Timestamp(milliseconds, unit="ms", tz="UTC")
+
+
+def _sweep_info(parent: Any, tracking_uri: str) -> SweepInfo:
+    tags = parent.data.tags
+    version = TAG + "version."
+    start = _timestamp(parent.info.start_time)
+    assert start is not None
+    return SweepInfo(
+        name=tags[TAG + "sweep"],
+        sweep_id=tags[TAG + "sweep_id"],
+        run_id=parent.info.run_id,
+        tracking_uri=tracking_uri,
+        state=tags.get(TAG + "state", "interrupted"),
+        objective=tags[TAG + "objective"],
+        mode=tags[TAG + "mode"],
+        total_images=int(tags[TAG + "total_images"]),
+        train_images=int(tags[TAG + "train_images"]),
+        val_images=_whole(_number_tag(tags, "val_images")),
+        rungs=tuple(int(rung) for rung in _json_tag(parent, "rungs", [])),
+        reduction=_number_tag(tags, "reduction"),
+        slots=_whole(_number_tag(tags, "slots")),
+        wall_s=_number_tag(tags, "wall_s"),
+        start=start,
+        end=_timestamp(parent.info.end_time),
+        dataset=tags.get(TAG + "dataset", ""),
+        space=tags.get(TAG + "space", ""),
+        sampler=tags.get(TAG + "sampler", ""),
+        scheduler=tags.get(TAG + "scheduler", ""),
+        versions={
+            key.removeprefix(version): tags[key] for key in sorted(tags) if key.startswith(version)
+        },
+        commit=tags.get("mlflow.source.git.commit"),
+        config=dict(sorted(parent.data.params.items())),
+        distributions={},
+    )
+
+
+Point = tuple[int, int, float]  # samples_seen, time in ms, value
+
+
+def _histories(
+    client: Any, run: Any, objective: str, wanted: frozenset[str] | None
+) -> dict[str, list[Point]]:
+    """Metric -> its points by time; a mark reported twice (after a restart) keeps the last."""
+    needed = {objective, "mark", *RUNG_METRICS}
+    histories: dict[str, list[Point]] = {}
+    for metric in sorted(run.data.metrics):
+        if wanted is None or metric in wanted or metric in needed:
+            points = client.get_metric_history(run.info.run_id, metric)
+            latest = {p.step: p for p in sorted(points, key=lambda p: (p.timestamp, p.step))}
+            histories[metric] = sorted(
+                ((p.step, p.timestamp, _unclipped(p.value)) for p in latest.values()),
+                key=lambda point: (point[1], point[0]),
+            )
+    return histories
+
+
+def _unclipped(value: float) -> float:
+    """SQL stores keep an infinity as the largest float."""
+    return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else float(value)
+
+
+def _curves_frame(histories: Mapping[int, Mapping[str, list[Point]]]) -> pd.DataFrame:
+    rows = []
+    for number, metrics in histories.items():
+        marks = {step: int(value) for step, _, value in metrics.get("mark", [])}
+        for metric, points in metrics.items():
+            if metric == "mark" or metric in RUNG_METRICS:
+                continue
+            rows += [(number, metric, step, marks.get(step, step), v, t) for step, t, v in points]
+    frame = pd.DataFrame(rows, columns=list(CURVE_COLUMNS)).astype(
+        {"number": "int64", "samples_seen": "int64", "mark": "int64", "value": "float64"}
+    )
+    frame["time"] = pd.to_datetime(frame["time"], unit="ms", utc=True)
+    return frame.sort_values(["time", "number", "samples_seen", "metric"], ignore_index=True)
+
+
+def _decisions_frame(
+    histories: Mapping[int, Mapping[str, list[Point]]], info: SweepInfo
+) -> pd.DataFrame:
+    rows = []
+    for number, metrics in histories.items():
+        at = {
+            metric: {step: value for step, _, value in points} for metric, points in metrics.items()
+        }
+        for step, stop in at.get("rung_stop", {}).items():
+            rows.append(
+                (
+                    number,
+                    int(at.get("mark", {}).get(step, step)),
+                    step,
+                    at.get(info["objective"], {}).get(step, math.nan),
+                    at.get("rung_cutoff", {}).get(step, math.nan),
+                    at.get("rung_competitors", {}).get(step, math.nan),
+                    bool(stop),
+                )
+            )
+    frame = pd.DataFrame(rows, columns=list(DECISION_COLUMNS)).astype(
+        {"number": "int64", "mark": "int64", "samples_seen": "int64", "stop": "bool"}
+    )
+    for column in ("value", "cutoff"):
+        frame[column] = frame[column].astype("float64")
+    frame["competitors"] = frame["competitors"].astype("float64").astype("Int64")
+    return frame.sort_values(["mark", "number"], ignore_index=True)
+
+
+def _trials_frame(runs: Sequence[Any], info: SweepInfo, curves: pd.DataFrame) -> pd.DataFrame:
+    objective = curves[curves["metric"] == info["objective"]].sort_values("samples_seen")
+    by_trial = objective.groupby("number")["value"]
+    best = by_trial.max() if info["mode"] == "max" else by_trial.min()
+    ends = objective.drop_duplicates("number", keep="last")
+    last = {row["number"]: row for row in ends.to_dict("records")}
+    rows = []
+    for run in runs:
+        tags, metrics = run.data.tags, run.data.metrics
+        number = int(tags[TAG + "number"])
+        start, end = _timestamp(run.info.start_time), _timestamp(run.info.end_time)
+        reached = last.get(number, {"value": math.nan, "samples_seen": 0, "mark": 0})
+        rows.append(
+            {
+                "number": number,
+                "state": tags.get(TAG + "state", UNFINISHED),
+                "reason": tags.get(TAG + "reason", ""),
+                "is_default": tags.get(TAG + "default") == "true",
+                "objective": float(reached["value"]),
+                "best_objective": float(best.get(number, math.nan)),
+                "samples_seen": int(reached["samples_seen"]),
+                "mark": int(reached["mark"]),
+                "wall_s": _wall_s(metrics, start, end),
+                "images_per_s": metrics.get("images_per_s", math.nan),
+                "start": start,
+                "end": end,
+                "node": tags.get(TAG + "node", ""),
+                "seed": tags.get(TAG + "seed", ""),
+                "rung": _whole(_number_tag(tags, "rung")),
+                "run_id": run.info.run_id,
+            }
+        )
+    frame = pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
+    frame["rung"] = frame["rung"].astype("Int64")
+    for column in ("start", "end"):
+        frame[column] = pd.to_datetime(frame[column], utc=True)
+    drawn = [_json_tag(run, "params", {}) for run in runs]
+    names = dict.fromkeys(name for params in drawn for name in params)
+    for name in sorted(names):
+        frame[f"param.{name}"] = _typed([params.get(name) for params in drawn])
+    return frame.sort_values("number", ignore_index=True)
+
+
+def _wall_s(
+    metrics: Mapping[str, float], start: pd.Timestamp | None, end: pd.Timestamp | None
+) -> float:
+    """Training and evaluation; the run's own clock where no report tells."""
+    if "wall_s" in metrics:
+        return metrics["wall_s"]
+    return math.nan if start is None or end is None else (end - start).total_seconds()
+
+
+def _typed(values: Sequence[object]) -> pd.Series[Any]:
+    """A column in the narrowest of boolean, Int64, float64 and object that holds the values."""
+    present = [value for value in values if value is not None]
+    if present and all(isinstance(value, bool) for value in present):
+        return pd.Series(values, dtype="boolean")
+    if not any(isinstance(value, bool) for value in present):
+        if present and all(isinstance(value, int) for value in present):
+            return pd.Series(values, dtype="Int64")
+        if present and all(isinstance(value, int | float) for value in present):
+            return pd.Series(values, dtype="float64")
+    return pd.Series(values, dtype="object")

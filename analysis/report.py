@@ -1,0 +1,310 @@
+"""Frames -> `index.html`, one self-contained page, and `leaderboard.csv`.
+
+The page needs no network: plotly.js is inlined once, and a content security policy forbids
+every request. All text from MLflow is escaped: by jinja2 in the markup, by `plots` inside the
+figures, and by `_embedded` in the JSON that carries them. Nothing on the page depends on the
+time at which it was made, so the same records give the same page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from html import unescape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from analysis.effects import Importance, importance
+from analysis.load import FAILED_STATES, UNFINISHED, SweepFrames
+from analysis.plots import (
+    best_so_far_figure,
+    importance_figure,
+    learning_curves,
+    parameter_figure,
+    rung_figure,
+)
+from analysis.stopping import rung_table, saving
+from analysis.style import theme
+from analysis.tables import (
+    default_number,
+    is_accuracy,
+    leaderboard,
+    leaderboard_rows,
+    summarise,
+    trial_params,
+)
+
+TEMPLATE = "report.html.j2"
+MAX_ROWS = 100
+"""Leaderboard rows on the page; the CSV holds all."""
+
+STATE_LABELS = {
+    "completed": "completed",
+    "pruned": "stopped early",
+    UNFINISHED: "unfinished",
+    "diverged": "diverged",
+    "oom": "out of memory",
+    "error": "error",
+    "lost": "lost",
+}
+
+
+def write_report(frames: SweepFrames | Sequence[SweepFrames], out_dir: Path) -> Path:
+    """Write `index.html` and `leaderboard.csv` into `out_dir`; returns the page's path.
+
+    Several sweeps share one page that begins with their comparison. Each file appears whole
+    or not at all. ValueError for an empty list.
+    """
+    sweeps = [frames] if isinstance(frames, SweepFrames) else list(frames)
+    if not sweeps:
+        raise ValueError("a report needs at least one sweep, got none")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _write_atomic(out_dir / "leaderboard.csv", leaderboard_csv(sweeps))
+    page = out_dir / "index.html"
+    _write_atomic(page, render_page(sweeps))
+    return page
+
+
+def leaderboard_csv(sweeps: Sequence[SweepFrames]) -> str:
+    """All leaderboards below one another, with seed, reason and MLflow's run id."""
+    tables = []
+    for frames in sweeps:
+        more = frames.trials[["number", "seed", "reason", "run_id"]]
+        table = leaderboard(frames).merge(more, on="number", how="left")
+        table.insert(0, "sweep", frames.info["name"])
+        tables.append(table)
+    text: str = pd.concat(tables, ignore_index=True).to_csv(index=False)
+    return text
+
+
+def render_page(sweeps: Sequence[SweepFrames]) -> str:
+    """The page's HTML."""
+    figures: dict[str, Any] = {}
+    sections = [_section(frames, f"s{index}", figures) for index, frames in enumerate(sweeps)]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "value": format_value,
+        "count": format_count,
+        "duration": format_duration,
+    }
+    source = resources.files("analysis").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        title=", ".join(frames.info["name"] for frames in sweeps),
+        sections=sections,
+        comparison=_comparison(sweeps, figures) if len(sweeps) > 1 else None,
+        figures=_embedded(figures),
+        themes=_embedded({"light": theme(dark=False), "dark": theme(dark=True)}),
+        plotly_js=get_plotlyjs(),
+        labels=STATE_LABELS,
+    )
+
+
+def format_value(value: object) -> str:
+    """A metric or parameter for the eye: four significant digits, an en dash where missing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}"
+
+
+def format_count(value: float) -> str:
+    return f"{int(value):,}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Two units at most, of days, hours, minutes and seconds."""
+    if seconds is None or math.isnan(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    whole = round(seconds)
+    if whole < 3_600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 48 * 3_600:
+        return f"{whole // 3_600} h {whole % 3_600 // 60} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3_600} h"
+
+
+def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Everything the template says of one sweep; its figures are added to `figures`."""
+    info, trials = frames.info, frames.trials
+    summary = summarise(frames)
+    standing = summary["winner"] or summary["leading"]
+    rows = leaderboard_rows(frames)
+    default = default_number(frames)
+    results = [importance(frames, "fanova"), importance(frames, "ped_anova")]
+    failed = trials[trials["state"].isin(FAILED_STATES)]
+    last = frames.curves["time"].max()
+    return {
+        "id": prefix,
+        "info": info,
+        "summary": summary,
+        "standing": standing,
+        "winner_word": "winner" if info["state"] == "finished" else "winner so far",
+        "gain_is_noise": _within_noise(summary["gain"], standing),
+        "accuracy": is_accuracy(info["objective"]),
+        "started": f"{info['start']:%Y-%m-%d %H:%M} UTC",
+        "last_report": None if pd.isna(last) else f"{last:%Y-%m-%d %H:%M} UTC",
+        "total": len(trials),
+        "settings": _settings(frames, standing["number"] if standing else None, default),
+        "default": default,
+        "parameters": frames.parameters,
+        "rows": rows[:MAX_ROWS],
+        "hidden_rows": max(0, len(rows) - MAX_ROWS),
+        "failed": failed[["number", "state", "reason", "samples_seen"]].to_dict("records"),
+        "saving": saving(frames),
+        "rungs": rung_table(frames).to_dict("records"),
+        "rung_figure": _figure(figures, f"{prefix}-rungs", rung_figure(frames))
+        if len(frames.decisions)
+        else None,
+        "progress": _progress_figures(frames, prefix, figures),
+        "parameter_figures": _parameter_figures(frames, prefix, figures, results[0]),
+        "importance": results,
+        "importance_figure": _figure(figures, f"{prefix}-importance", importance_figure(results))
+        if any(result.shares for result in results)
+        else None,
+        "config": info["config"],
+        "versions": info["versions"],
+    }
+
+
+def _within_noise(gain: Any, standing: Any) -> bool:
+    """Whether a gain is below two standard errors of the winner's own value."""
+    if gain is None or standing is None or standing["standard_error"] is None:
+        return False
+    return bool(abs(gain["value"]) < 2 * standing["standard_error"])
+
+
+def _settings(frames: SweepFrames, number: int | None, default: int | None) -> list[dict[str, Any]]:
+    """Each searched parameter in the winner and in the default configuration."""
+    ours = {} if number is None else trial_params(frames, number)
+    theirs = {} if default is None else trial_params(frames, default)
+    return [
+        {"name": name, "winner": ours.get(name), "default": theirs.get(name)}
+        for name in frames.parameters
+        if name in ours or name in theirs
+    ]
+
+
+def _progress_figures(
+    frames: SweepFrames, prefix: str, figures: dict[str, Any]
+) -> list[dict[str, Any]]:
+    curves = frames.curves[frames.curves["metric"] == frames.info["objective"]]
+    if curves["value"].notna().sum() == 0:
+        return []
+    reports = len(curves)
+    trials = curves["number"].nunique()
+    n = f"n = {reports} reports of {trials} trials."
+    captions = {
+        "time": "Thick: best trial that ran to its full resource. Dotted: best report of any "
+        "trial, at whatever length. Weak reports lie outside the axis. Time counts from the "
+        f"sweep's start, pauses included. {n}",
+        "images": "The same over the work spent: images that all trials together had trained "
+        f"on, which does not depend on how many ran at once. {n}",
+    }
+    found = []
+    for by in ("time", "images"):
+        figure = best_so_far_figure(frames, "time" if by == "time" else "images")
+        found.append(_figure(figures, f"{prefix}-best-{by}", figure, captions[by]))
+    rungs = " Vertical lines are the rungs." if frames.info["rungs"] else ""
+    caption = f"Each line is a trial; the marker at its end tells how it ended.{rungs} {n}"
+    found.append(_figure(figures, f"{prefix}-curves", learning_curves(frames), caption))
+    return found
+
+
+def _parameter_figures(
+    frames: SweepFrames, prefix: str, figures: dict[str, Any], result: Importance
+) -> list[dict[str, Any]]:
+    """One figure a parameter, the important ones first."""
+    order = {name: rank for rank, name in enumerate(result.shares or {})}
+    names = sorted(frames.parameters, key=lambda name: (order.get(name, len(order)), name))
+    found = []
+    for index, name in enumerate(names):
+        column = frames.trials.loc[frames.trials["objective"].notna(), f"param.{name}"]
+        n = int(column.notna().sum())
+        if n:
+            figure = parameter_figure(frames, name)
+            found.append(_figure(figures, f"{prefix}-param-{index}", figure, f"n = {n} trials."))
+    return found
+
+
+def _comparison(sweeps: Sequence[SweepFrames], figures: dict[str, Any]) -> dict[str, Any]:
+    """The sweeps side by side; curves only where they measure the same thing."""
+    measures = {(f.info["objective"], f.info["mode"], f.info["dataset"]) for f in sweeps}
+    same = len(measures) == 1
+    return {
+        "rows": [
+            {
+                "id": f"s{index}",
+                "info": frames.info,
+                "summary": summarise(frames),
+                "saving": saving(frames),
+                "total": len(frames.trials),
+            }
+            for index, frames in enumerate(sweeps)
+        ],
+        "same": same,
+        "lengths_differ": len({f.info["total_images"] for f in sweeps}) > 1,
+        "figures": [
+            _figure(figures, "all-images", best_so_far_figure(sweeps, "images")),
+            _figure(figures, "all-time", best_so_far_figure(sweeps, "time")),
+        ]
+        if same
+        else [],
+    }
+
+
+def _figure(
+    figures: dict[str, Any], key: str, figure: go.Figure, caption: str = ""
+) -> dict[str, Any]:
+    """Enter a figure under its id; the title goes into the page, where it can wrap."""
+    drawn = json.loads(figure.to_json())
+    title = drawn["layout"].pop("title", {}).get("text", "")
+    drawn["layout"].pop("template", None)
+    drawn["layout"].setdefault("margin", {})["t"] = 40 if drawn["layout"].get("showlegend") else 14
+    figures[key] = drawn
+    # plots escapes for plotly; the template escapes again for the page
+    return {
+        "id": key,
+        "title": unescape(title),
+        "caption": caption,
+        "height": drawn["layout"]["height"],
+    }
+
+
+def _embedded(content: Any) -> str:
+    """JSON that can stand in a script element: no character in it can end the element."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)  # mkstemp's own mode would hide the page from colleagues
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise

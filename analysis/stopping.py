@@ -1,0 +1,88 @@
+"""Frames -> what early stopping did: each rung's decisions, and the work that it saved.
+
+Saved is what the stopped trials had left to their full resource; trials that failed or still
+run would have cost the same without a scheduler and count as they are. What stopping *lost* (a
+stopped trial that would have won) cannot be read from these records and is left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import pandas as pd
+
+from analysis.load import SweepFrames
+
+RUNG_COLUMNS = ("rung", "arrived", "passed", "stopped", "first_cutoff", "cutoff", "best", "worst")
+
+
+class Saving(TypedDict):
+    """Images of the train split, and seconds of one slot."""
+
+    stopped: int  # trials
+    samples_seen: int  # spent by all trials
+    samples_without: int  # had every stopped trial run to its full resource
+    samples_saved: int
+    fraction: float  # saved / without, 0 where nothing ran
+    slot_s: float  # time that one slot would have needed for what was saved
+    wall_s: float | None  # the same spread over the sweep's slots, None where unknown
+
+
+def rung_table(frames: SweepFrames) -> pd.DataFrame:
+    """One row a rung, in images: trials that arrived, passed and were stopped there.
+
+    `first_cutoff` and `cutoff` are the cut-off at the first and at the last decision that had
+    one; `best` and `worst` the objective's extremes among the arrivals.
+    """
+    decisions = frames.decisions
+    rungs = sorted({*frames.info["rungs"], *(int(mark) for mark in decisions["mark"])})
+    times = frames.curves[frames.curves["metric"] == frames.info["objective"]]
+    when = times.set_index(["number", "samples_seen"])["time"].to_dict()
+    rows: list[dict[str, Any]] = []
+    for rung in rungs:
+        here = decisions[decisions["mark"] == rung]
+        order = [when.get(key, pd.NaT) for key in zip(here.number, here.samples_seen, strict=True)]
+        cutoffs = here.assign(time=order).sort_values("time")["cutoff"].dropna()
+        values = here["value"].dropna()
+        low, high = (values.min(), values.max()) if len(values) else (None, None)
+        stopped = int(here["stop"].sum())
+        rows.append(
+            {
+                "rung": rung,
+                "arrived": len(here),
+                "passed": len(here) - stopped,
+                "stopped": stopped,
+                "first_cutoff": cutoffs.iloc[0] if len(cutoffs) else None,
+                "cutoff": cutoffs.iloc[-1] if len(cutoffs) else None,
+                "best": high if frames.info["mode"] == "max" else low,
+                "worst": low if frames.info["mode"] == "max" else high,
+            }
+        )
+    return pd.DataFrame(rows, columns=list(RUNG_COLUMNS)).astype(
+        dict.fromkeys(("first_cutoff", "cutoff", "best", "worst"), "float64")
+    )
+
+
+def saving(frames: SweepFrames) -> Saving:
+    """Images spent against images without early stopping, and the time that makes.
+
+    A stopped trial's rest is timed at that trial's own pace, evaluation included (its wall by
+    its images), where no wall was recorded by its images_per_s.
+    """
+    trials, info = frames.trials, frames.info
+    pruned = trials[trials["state"] == "pruned"]
+    left = (info["total_images"] - pruned["samples_seen"]).clip(lower=0)
+    pace = pruned["wall_s"] / pruned["samples_seen"].where(pruned["samples_seen"] > 0)
+    pace = pace.fillna(1.0 / pruned["images_per_s"].where(pruned["images_per_s"] > 0))
+    pace = pace.fillna(pace.median())
+    spent, saved = int(trials["samples_seen"].sum()), int(left.sum())
+    slot_s = float((left * pace).sum())
+    return Saving(
+        stopped=len(pruned),
+        samples_seen=spent,
+        samples_without=spent + saved,
+        samples_saved=saved,
+        fraction=saved / (spent + saved) if spent + saved else 0.0,
+        slot_s=slot_s,
+        wall_s=slot_s / info["slots"] if info["slots"] else None,
+    )

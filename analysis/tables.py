@@ -1,0 +1,252 @@
+"""Frames -> the tables of a sweep: leaderboard, best so far, summary.
+
+**What ranks above what.** A value reached with fewer images is not comparable with one reached
+with more, so trials that ran to their full resource stand first, ordered by their last value.
+Behind them stand the stopped and the unfinished ones, those that got further first (a higher
+rung was survived) and then by value; failed ones come last and carry no rank. A trial that did
+not complete is never called the winner.
+
+Left out: repeated runs of the winner with fresh seeds. The winner's value here is the highest
+of many noisy ones and therefore optimistic.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypedDict
+
+import pandas as pd
+
+from analysis.load import FAILED_STATES, STATES, SweepFrames, SweepInfo
+
+LEADERBOARD_COLUMNS = (
+    *("rank", "number", "state", "is_default", "objective", "best_objective"),
+    *("samples_seen", "epochs", "wall_s"),
+)
+
+Axis = Literal["time", "images"]
+
+
+class Standing(TypedDict):
+    """One trial in the summary."""
+
+    number: int
+    value: float
+    standard_error: float | None  # of the value over the validation images, fraction
+    samples_seen: int
+    params: dict[str, Any]
+
+
+class Gain(TypedDict):
+    """The winner against the default configuration; positive is better, whatever the mode."""
+
+    value: float
+    default: float
+    mark: int  # images at which both were measured
+    full: bool  # whether that is the full resource
+
+
+class Summary(TypedDict):
+    """What a hurried reader wants to know."""
+
+    name: str
+    state: str
+    objective: str
+    winner: Standing | None  # best of the completed trials
+    leading: Standing | None  # best of the others while none is completed
+    gain: Gain | None
+    trials: dict[str, int]  # state -> count, only states that occur
+    samples_seen: int
+    wall_s: float
+
+
+def is_accuracy(objective: str) -> bool:
+    """Whether the objective is a fraction of images that are right."""
+    return objective.endswith("top1")
+
+
+def standard_error(value: float, images: int | None) -> float | None:
+    """Binomial standard error sqrt(p (1 - p) / n) of an accuracy; None where n is unknown."""
+    if images is None or images <= 0 or not 0 <= value <= 1:
+        return None
+    return math.sqrt(value * (1 - value) / images)
+
+
+def leaderboard(frames: SweepFrames) -> pd.DataFrame:
+    """LEADERBOARD_COLUMNS and the searched parameters, one row a trial, best first.
+
+    `rank` is missing for failed trials and those without a value; `epochs` are
+    samples_seen / train images.
+    """
+    trials, info = frames.trials, frames.info
+    table = trials.assign(
+        epochs=trials["samples_seen"] / info["train_images"],
+        tier=[_tier(state) for state in trials["state"]],
+    )
+    table["reached"] = table["mark"].where(table["tier"] > 0, 0)
+    table = table.sort_values(
+        ["tier", "reached", "objective", "number"],
+        ascending=[True, False, info["mode"] == "min", True],
+        na_position="last",
+        ignore_index=True,
+    )
+    ranked = (table["tier"] < 2) & table["objective"].notna()
+    table["rank"] = ranked.cumsum().where(ranked).astype("Int64")
+    params = [f"param.{name}" for name in frames.parameters]
+    return table[[*LEADERBOARD_COLUMNS, *params]]
+
+
+def leaderboard_rows(frames: SweepFrames, limit: int | None = None) -> list[dict[str, Any]]:
+    """The leaderboard as plain Python values (None where missing), parameters without prefix."""
+    table = leaderboard(frames).head(limit) if limit is not None else leaderboard(frames)
+    return [
+        {str(name).removeprefix("param."): plain(value) for name, value in row.items()}
+        for row in table.to_dict("records")
+    ]
+
+
+def best_so_far(frames: SweepFrames, by: Axis = "time") -> pd.DataFrame:
+    """One row a report, in order of time: `x`, `number`, `value`, `best`, `best_completed`.
+
+    `x` is, by "time", seconds since the sweep's start (pauses between interrupt and resume
+    included); by "images", the images that all trials together had trained on up to that
+    report. `best` is over every report so far, `best_completed` over the last values of the
+    trials that had by then reached their full resource (missing before the first did).
+    """
+    info = frames.info
+    rows = frames.curves[frames.curves["metric"] == info["objective"]]
+    rows = rows.sort_values(["time", "number", "samples_seen"], ignore_index=True)
+    if by == "images":
+        x = rows.groupby("number")["samples_seen"].diff().fillna(rows["samples_seen"])
+        x = x.clip(lower=0).cumsum()
+    else:
+        x = (rows["time"] - info["start"]).dt.total_seconds()
+    completed = frames.trials.loc[frames.trials["state"] == "completed"]
+    ends = completed.set_index("number")["samples_seen"]
+    final = rows["value"].where(rows["number"].map(ends) == rows["samples_seen"])
+    return pd.DataFrame(
+        {
+            "x": x.astype("float64"),
+            "number": rows["number"],
+            "value": rows["value"],
+            "best": _running_best(rows["value"], info["mode"]),
+            "best_completed": _running_best(final, info["mode"]),
+        }
+    )
+
+
+def summarise(frames: SweepFrames) -> Summary:
+    """Winner, gain over the default configuration, counts by state, images and wall spent."""
+    info, trials = frames.info, frames.trials
+    table = leaderboard(frames)
+    ranked = table[table["rank"].notna()]
+    first = None if ranked.empty else ranked.iloc[0]
+    won = first is not None and first["state"] == "completed"
+    standing = None if first is None else _standing(frames, int(first["number"]))
+    counts = trials["state"].value_counts()
+    known = [state for state in STATES if state in counts]
+    others = sorted(state for state in counts.index if state not in STATES)
+    return Summary(
+        name=info["name"],
+        state=info["state"],
+        objective=info["objective"],
+        winner=standing if won else None,
+        leading=None if won else standing,
+        gain=None if first is None else _gain(frames, int(first["number"])),
+        trials={state: int(counts[state]) for state in [*known, *others]},
+        samples_seen=int(trials["samples_seen"].sum()),
+        wall_s=wall_s(frames),
+    )
+
+
+def wall_s(frames: SweepFrames) -> float:
+    """The driver's wall, seconds; from the first start to the last report where unrecorded."""
+    info = frames.info
+    if info["wall_s"] is not None:
+        return info["wall_s"]
+    last = [time for time in (frames.curves["time"].max(), info["end"]) if not pd.isna(time)]
+    return max((time - info["start"]).total_seconds() for time in last) if last else 0.0
+
+
+def plain(value: Any) -> Any:
+    """A cell as a plain Python value: None where missing, numpy scalars unwrapped."""
+    if value is None or (not isinstance(value, list | tuple | dict) and pd.isna(value)):
+        return None
+    return value.item() if hasattr(value, "item") else value
+
+
+def value_at(frames: SweepFrames, number: int, mark: int) -> float | None:
+    """A trial's objective at the report of a mark, None where it did not report there."""
+    curves = frames.curves
+    here = curves[
+        (curves["metric"] == frames.info["objective"])
+        & (curves["number"] == number)
+        & (curves["mark"] == mark)
+    ]["value"]
+    return None if here.empty or pd.isna(here.iloc[-1]) else float(here.iloc[-1])
+
+
+def trial_row(frames: SweepFrames, number: int) -> dict[str, Any]:
+    """One row of `frames.trials`."""
+    row = frames.trials[frames.trials["number"] == number].to_dict("records")[0]
+    return {str(name): value for name, value in row.items()}
+
+
+def trial_params(frames: SweepFrames, number: int) -> dict[str, Any]:
+    """The searched parameters that this trial drew."""
+    row = trial_row(frames, number)
+    values = {name: plain(row[f"param.{name}"]) for name in frames.parameters}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def default_number(frames: SweepFrames) -> int | None:
+    """Number of the trial that ran the default configuration."""
+    defaults = frames.trials.loc[frames.trials["is_default"], "number"]
+    return None if defaults.empty else int(defaults.iloc[0])
+
+
+def _tier(state: str) -> int:
+    if state == "completed":
+        return 0
+    return 2 if state in FAILED_STATES else 1
+
+
+def _running_best(values: pd.Series[Any], mode: str) -> pd.Series[Any]:
+    finite = values.where(values.abs() < math.inf)
+    best = finite.cummax() if mode == "max" else finite.cummin()
+    return best.ffill()
+
+
+def _standing(frames: SweepFrames, number: int) -> Standing:
+    info: SweepInfo = frames.info
+    row = trial_row(frames, number)
+    value = float(row["objective"])
+    accuracy = is_accuracy(info["objective"])
+    return Standing(
+        number=number,
+        value=value,
+        standard_error=standard_error(value, info["val_images"]) if accuracy else None,
+        samples_seen=int(row["samples_seen"]),
+        params=trial_params(frames, number),
+    )
+
+
+def _gain(frames: SweepFrames, number: int) -> Gain | None:
+    """Against the default at the furthest mark that both reported: equal images on both sides."""
+    default = default_number(frames)
+    if default is None:
+        return None
+    curves = frames.curves[frames.curves["metric"] == frames.info["objective"]]
+    curves = curves[curves["value"].notna()]
+    shared = set(curves.loc[curves["number"] == number, "mark"]) & set(
+        curves.loc[curves["number"] == default, "mark"]
+    )
+    if not shared:
+        return None
+    mark = int(max(shared))
+    ours, theirs = value_at(frames, number, mark), value_at(frames, default, mark)
+    assert ours is not None
+    assert theirs is not None
+    sign = 1.0 if frames.info["mode"] == "max" else -1.0
+    full = mark >= frames.info["total_images"]
+    return Gain(value=sign * (ours - theirs), default=theirs, mark=mark, full=full)

@@ -1,0 +1,426 @@
+"""The command line, `contrasweep VERB`: the one place that knows every room.
+
+Each verb prints for people on a terminal, or with --json one JSON object on standard output;
+progress and messages go to the error stream. A mistake of the user's is one line and exit code 2.
+Rooms are imported by the verb that needs them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from search.config import SweepConfig, parse_sweep, read_sweep_yaml
+from trainer.config import TrainConfig, parse_config
+
+if TYPE_CHECKING:
+    from search.run import Sweep, SweepResult
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Distributed hyperparameter search for contrastive image pre-training.",
+)
+out_console = Console()
+err_console = Console(stderr=True)
+LEADERS = 10
+
+
+def main() -> NoReturn:
+    """Entry point: a ValueError is the user's mistake, told in one line."""
+    try:
+        app()
+    except (ValueError, FileExistsError) as error:
+        print(f"contrasweep: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _sweep_option(field: str, *names: str, **more: Any) -> Any:
+    """An option whose help and default are those of a `SweepConfig` field."""
+    info = SweepConfig.model_fields[field]
+    default = "" if info.default is None else f" [default: {info.default}]"
+    return typer.Option(*names, help=f"{info.description}{default}", show_default=False, **more)
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Set a field of the trainer; repeatable."),
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch the data set if it is missing.")]
+DataDir = Annotated[str | None, _sweep_option("data_dir", "--data-dir")]
+TrainLimit = Annotated[int | None, _sweep_option("train_limit", "--train-limit")]
+ValLimit = Annotated[int | None, _sweep_option("val_limit", "--val-limit")]
+SweepDir = Annotated[Path, typer.Argument(metavar="RUNS/NAME", help="A sweep's folder.")]
+
+
+@app.command()
+def sweep(
+    space: Annotated[str | None, _sweep_option("space", "--space")] = None,
+    dataset: Annotated[str | None, _sweep_option("dataset", "--dataset")] = None,
+    trials: Annotated[int | None, _sweep_option("trials", "--trials")] = None,
+    epochs: Annotated[float | None, _sweep_option("epochs", "--epochs")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A sweep.yaml; options given here override it.")
+    ] = None,
+    name: Annotated[str | None, _sweep_option("name", "--name")] = None,
+    out: Annotated[str | None, _sweep_option("out", "--out")] = None,
+    sampler: Annotated[str | None, _sweep_option("sampler", "--sampler")] = None,
+    scheduler: Annotated[str | None, _sweep_option("scheduler", "--scheduler")] = None,
+    grace: Annotated[float | None, _sweep_option("grace", "--grace")] = None,
+    reduction: Annotated[int | None, _sweep_option("reduction", "--reduction")] = None,
+    objective: Annotated[str | None, _sweep_option("objective", "--objective")] = None,
+    report_every: Annotated[float | None, _sweep_option("report_every", "--report-every")] = None,
+    settings: Settings = None,
+    train_limit: TrainLimit = None,
+    val_limit: ValLimit = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    seed: Annotated[int | None, _sweep_option("seed", "--seed")] = None,
+    default_trial: Annotated[
+        bool | None, _sweep_option("default_trial", "--default-trial/--no-default-trial")
+    ] = None,
+    cpus_per_trial: Annotated[
+        float | None, _sweep_option("cpus_per_trial", "--cpus-per-trial")
+    ] = None,
+    gpus_per_trial: Annotated[
+        float | None, _sweep_option("gpus_per_trial", "--gpus-per-trial")
+    ] = None,
+    max_hours: Annotated[float | None, _sweep_option("max_hours", "--max-hours")] = None,
+    address: Annotated[str | None, _sweep_option("address", "--address")] = None,
+    tracking_uri: Annotated[str | None, _sweep_option("tracking_uri", "--tracking-uri")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search: try many configurations, stop the weak ones early, report."""
+    given = {field: value for field, value in locals().items() if field in SweepConfig.model_fields}
+    fields = read_sweep_yaml(config) if config else {}
+    fields |= {field: value for field, value in given.items() if value is not None}
+    if config and name is None:
+        fields.pop("name", None)  # a sweep.yaml names the sweep that wrote it
+    fields["fixed"] = {**fields.get("fixed", {}), **_parse_settings(settings)}
+    _carry_out(parse_sweep(fields), as_json=as_json, download=download)
+
+
+@app.command()
+def resume(
+    directory: SweepDir,
+    trials: Annotated[int, typer.Option(min=0, help="Trials beyond those planned.")] = 0,
+    download: Download = False,
+    as_json: Json = False,
+) -> None:
+    """Go on with a sweep that was interrupted, or extend a finished one."""
+    from search.run import Sweep
+
+    config = Sweep.open(directory).config
+    _carry_out(config, as_json=as_json, download=download, resume_dir=directory, more=trials)
+
+
+@app.command()
+def train(
+    dataset: Annotated[str | None, typer.Option(help="Source of images. [default: digits]")] = None,
+    settings: Settings = None,
+    epochs: Annotated[float | None, typer.Option(help="Length of the run. [default: 10]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, views, order. [default: 0]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder. [default: runs/train-TIME]", show_default=False)
+    ] = None,
+    train_limit: TrainLimit = None,
+    val_limit: ValLimit = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="Use the test split once, at the end.")
+    ] = False,
+    repeat: Annotated[
+        Path | None, typer.Option("--from", metavar="RUNS/NAME", help="Repeat a trial of a sweep.")
+    ] = None,
+    trial: Annotated[int | None, typer.Option(help="Which trial, with --from.", min=0)] = None,
+    as_json: Json = False,
+) -> None:
+    """Train one configuration, without Ray; with --from and --trial, one of a sweep's again."""
+    from search.train import train as run_training
+    from search.train import trial_to_repeat
+
+    if (repeat is None) != (trial is None):
+        raise ValueError("--from and --trial go together: --from runs/NAME --trial 17")
+    given = {
+        "dataset": _absolute_source(dataset),
+        "epochs": epochs,
+        "seed": seed,
+        "train_limit": train_limit,
+        "val_limit": val_limit,
+        "data_dir": data_dir and str(Path(data_dir).expanduser().resolve()),
+    }
+    fields = {key: value for key, value in given.items() if value is not None}
+    fields |= _parse_settings(settings)
+    marks, recorded = None, None
+    if repeat is not None and trial is not None:
+        if fields:
+            raise ValueError(f"--from repeats a trial as it was; leave out {', '.join(fields)}")
+        source = trial_to_repeat(repeat.expanduser().resolve(), trial)
+        config, marks, recorded = source.config, source.marks, source.recorded
+    else:
+        config = parse_config(fields)
+    data = _load_data(config, download)
+    folder = out or Path("runs") / f"train-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    def show(report: Any, total: int) -> None:
+        err_console.print(
+            f"{report.samples_seen:>12,} of {total:,} images  loss {report.train_loss:.4f}  "
+            f"kNN {report.knn_top1:.4f}  rank {report.rankme:.1f}  "
+            f"{report.images_per_s:,.0f} images a second",
+            highlight=False,
+        )
+
+    result = run_training(
+        config, data, folder.expanduser().resolve(), marks=marks, test=test, on_report=show
+    )
+    if recorded is not None:
+        result["recorded"] = recorded.last_report["metrics"] if recorded.last_report else {}
+    if as_json:
+        _print_json(result)
+        return
+    for name, value in result["metrics"].items():
+        was = result.get("recorded", {}).get(name)
+        recorded_text = "" if was is None else f"   recorded {was:.6g}"
+        out_console.print(f"{name:>16}  {value:.6g}{recorded_text}", highlight=False)
+    out_console.print(f"written to {result['dir']}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def status(directory: SweepDir, as_json: Json = False) -> None:
+    """How far a sweep is: trials by state, unfinished ones, the best so far."""
+    from search.journal import FILE_NAME, load_state
+    from search.run import is_running
+
+    directory = directory.expanduser().resolve()
+    state = load_state(directory / FILE_NAME)
+    objective = state.header["config"]["objective"]
+    best = state.best(objective, state.header["mode"])
+    ended = state.ended["state"] if state.ended else "interrupted"
+    answer = {
+        "name": state.header["config"]["name"],
+        "dir": str(directory),
+        "state": "running" if is_running(directory) else ended,
+        "planned": state.planned,
+        "trials": state.counts(),
+        "unfinished": [
+            {"trial": t.number, "samples_seen": t.samples_seen, objective: t.value(objective)}
+            for t in state.unfinished()
+        ],
+        "best": None if best is None else _best(best.number, best.value(objective), best.params),
+        "samples_seen": state.samples_seen,
+        "wall_s": round(state.wall_s, 3),
+    }
+    if as_json:
+        _print_json(answer)
+        return
+    counts = ", ".join(f"{count} {name}" for name, count in state.counts().items()) or "none yet"
+    out_console.print(f"{answer['name']}: {answer['state']}; of {state.planned} trials: {counts}")
+    for trial in answer["unfinished"]:
+        out_console.print(f"  trial {trial['trial']}: {trial['samples_seen']:,} images")
+    if best is not None:
+        out_console.print(f"best: trial {best.number}, {objective} {best.value(objective):.4f}")
+    if answer["state"] == "interrupted":
+        out_console.print(f"go on with: contrasweep resume {directory}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="RUNS/NAME...", help="Sweeps.")],
+    as_json: Json = False,
+) -> None:
+    """Write report/index.html and leaderboard.csv from MLflow, and print the leaderboard."""
+    from search.run import Sweep
+
+    page, rows = _report([Sweep.open(directory) for directory in directories])
+    if as_json:
+        _print_json({"report": str(page), "leaderboard": rows})
+    else:
+        _print_leaderboard(rows)
+        out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def spaces(as_json: Json = False) -> None:
+    """The search spaces there are."""
+    from spaces import SPACES
+
+    _print_known({name: _first_line(space) for name, space in SPACES.items()}, as_json)
+
+
+@app.command()
+def datasets(as_json: Json = False) -> None:
+    """The sources of images there are."""
+    from trainer.datasets import SOURCES
+
+    _print_known({name: source[0] for name, source in SOURCES.items()}, as_json)
+
+
+@app.command()
+def encoders(as_json: Json = False) -> None:
+    """The encoders there are."""
+    from trainer.models import ENCODERS
+
+    _print_known({name: entry[0] for name, entry in ENCODERS.items()}, as_json)
+
+
+@app.command()
+def losses(as_json: Json = False) -> None:
+    """The losses there are."""
+    from trainer.losses import LOSSES
+
+    _print_known({name: _first_line(loss) for name, loss in LOSSES.items()}, as_json)
+
+
+# ---- what the verbs share
+
+
+def _carry_out(
+    config: SweepConfig,
+    *,
+    as_json: bool,
+    download: bool,
+    resume_dir: Path | None = None,
+    more: int = 0,
+) -> None:
+    """Run or resume a sweep under a display, then report on it."""
+    from search.progress import DataProgress, SweepDisplay
+    from search.run import Sweep
+
+    with SweepDisplay(err_console) as display:
+        options: dict[str, Any] = {
+            "download": download,
+            "data_progress": DataProgress(err_console),
+            "on_step": display,
+        }
+        if resume_dir is None:
+            running = Sweep(config, **options)
+            result = running.run()
+        else:
+            running = Sweep.open(resume_dir, **options)
+            result = running.resume(more)
+    _conclude(running, result, as_json)
+
+
+def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
+    if result.unrecorded:
+        err_console.print(
+            f"MLflow lacks a part of this sweep ({result.unrecorded}); it is uploaded by: "
+            f"contrasweep resume {result.dir}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    page, rows = (None, []) if result.unrecorded else _report([finished])
+    if as_json:
+        _print_json({**result.to_json(), "report": page and str(page)})
+        return
+    _print_leaderboard(rows)
+    counts = ", ".join(f"{count} {name}" for name, count in result.trials.items())
+    out_console.print(
+        f"{counts}; {result.samples_seen:,} images in {result.wall_s:,.0f} s", highlight=False
+    )
+    if result.best is not None:
+        out_console.print(
+            f"best: trial {result.best['trial']}, {result.objective} {result.best['value']:.4f}",
+            highlight=False,
+        )
+    if result.reason:
+        out_console.print(result.reason, highlight=False)
+    if page is not None:
+        out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    if result.state != "finished":
+        out_console.print(f"go on with: contrasweep resume {result.dir}", soft_wrap=True)
+
+
+def _report(sweeps: list[Sweep]) -> tuple[Path, list[dict[str, Any]]]:
+    """Bring MLflow up to date, read it, write the page into the first sweep's folder."""
+    from analysis import leaderboard_rows, load_sweep, write_report
+
+    frames = []
+    for each in sweeps:
+        each.record_rest()
+        frames.append(
+            load_sweep(each.tracking_uri, str(each.config.name), sweep_id=each.sweep_id())
+        )
+    page = write_report(frames, sweeps[0].dir / "report")
+    return page, leaderboard_rows(frames[0])
+
+
+def _load_data(config: TrainConfig, download: bool) -> Any:
+    from search.progress import DataProgress
+    from trainer.datasets import load_for
+    from trainer.loop import check_names
+
+    check_names(config)
+    data = load_for(config, download=download, progress=DataProgress(err_console))
+    if data.skipped:
+        err_console.print(f"skipped {len(data.skipped)} corrupt images: {data.skipped[0]}, ...")
+    return data
+
+
+def _parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """`--set` values, checked and converted by the field of `TrainConfig` that each one names."""
+    values: dict[str, Any] = {}
+    for setting in settings or []:
+        field, equals, text = setting.partition("=")
+        if not equals or not field:
+            raise ValueError(f"--set takes FIELD=VALUE, such as --set lr=0.001; got {setting!r}")
+        raw = None if text.lower() in ("none", "null") else text
+        values[field] = getattr(parse_config({field: raw}), field)
+    return values
+
+
+def _absolute_source(dataset: str | None) -> str | None:
+    if dataset is None or not dataset.startswith("folder:"):
+        return dataset
+    return f"folder:{Path(dataset.removeprefix('folder:')).expanduser().resolve()}"
+
+
+def _best(number: int, value: float | None, params: dict[str, Any]) -> dict[str, Any]:
+    return {"trial": number, "value": value, "params": params}
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().partition("\n")[0]
+
+
+def _print_json(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer, allow_nan=False, default=str))
+
+
+def _print_known(known: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        _print_json(known)
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in known.items():
+        table.add_row(f"[bold]{name}[/bold]", text)
+    out_console.print(table)
+
+
+def _print_leaderboard(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in rows[0]:
+        table.add_column(heading.removeprefix("param."), justify="right")
+    for row in rows[:LEADERS]:
+        table.add_row(*(_cell(value) for value in row.values()))
+    out_console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,196 @@
+"""What a person sees of a running sweep: a live table on a terminal, plain lines elsewhere.
+
+A fold over the journal's state like all else; it decides nothing. Everything goes to the error
+stream, so that standard output stays free for results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from search.journal import FINAL_STATES, SweepState, TrialState
+
+REFRESH_S = 0.5
+SHOWN_TRIALS = 12
+STYLES = {"completed": "green", "pruned": "yellow", "unfinished": "cyan"}
+SYMBOLS = {"completed": "✓", "pruned": "✂", "unfinished": "…"}
+
+
+def time_left_s(state: SweepState, now: float) -> float | None:
+    """Seconds to the end if the trials to come cost what the finished ones did; None: unknown."""
+    ended = [trial for trial in state.trials.values() if trial.state is not None]
+    wall_s = state.wall_before_s + now - state.session_started
+    if not ended or state.samples_seen == 0:
+        return None
+    per_trial = sum(trial.samples_seen for trial in ended) / len(ended)
+    running = sum(
+        max(0.0, per_trial - trial.samples_seen)
+        for trial in state.trials.values()
+        if trial.state is None
+    )
+    to_come = (state.planned - len(state.trials)) * per_trial + running
+    return max(0.0, to_come / (state.samples_seen / max(wall_s, 1e-9)))
+
+
+def duration(seconds: float) -> str:
+    """`73.4` -> `1:13`, `3700` -> `1:01:40`."""
+    whole = int(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+class SweepDisplay:
+    """Shows a sweep while it runs: `with SweepDisplay(console) as display`, then call it."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.time) -> None:
+        self._console = console
+        self._clock = clock
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._shown_at = -float("inf")
+        self._told: set[int] = set()
+        self._announced = False
+
+    def __enter__(self) -> SweepDisplay:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, state: SweepState) -> None:
+        """Show `state`: at most twice a second on a terminal, each finished trial elsewhere."""
+        if self._live is None:
+            self._say(state)
+        elif self._clock() - self._shown_at >= REFRESH_S or state.ended:
+            self._shown_at = self._clock()
+            self._live.start()
+            self._live.update(self._table(state), refresh=True)
+
+    def _say(self, state: SweepState) -> None:
+        config = state.header["config"]
+        if not self._announced:
+            self._announced = True
+            data = state.header["data"]
+            self._console.print(
+                f"sweep {config['name']}: {state.planned} trials of up to "
+                f"{state.header['total_images']:,} images of {data['name']}, "
+                f"{state.slots} at a time",
+                highlight=False,
+                soft_wrap=True,
+            )
+        for trial in state.trials.values():
+            if trial.state and trial.number not in self._told:
+                self._told.add(trial.number)
+                left_s = time_left_s(state, self._clock())
+                left = "" if left_s is None else f", about {duration(left_s)} left"
+                self._console.print(
+                    f"[{len(self._told)}/{state.planned}] trial {trial.number} {trial.state} after "
+                    f"{trial.samples_seen:,} images: {_value(trial, config['objective'])}"
+                    f"{_why(trial)}{left}",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
+
+    def _table(self, state: SweepState) -> Group:
+        config = state.header["config"]
+        objective = config["objective"]
+        now = self._clock()
+        wall_s = (
+            state.wall_before_s + (state.last_time if state.ended else now) - state.session_started
+        )
+        left_s = None if state.ended else time_left_s(state, now)
+        counts = state.counts()
+        line = Text(f"{config['name']}  ", style="bold")
+        for name in (*FINAL_STATES, "unfinished"):
+            if counts.get(name):
+                shown = "running" if name == "unfinished" else name
+                line.append(f"{counts[name]} {shown}  ", style=STYLES.get(name, "red"))
+        line.append(f"of {state.planned} trials", style="dim")
+        images = state.samples_seen
+        spent = Text(
+            f"{images:,} images, {images / max(wall_s, 1e-9):,.0f} a second, "
+            f"{duration(wall_s)} elapsed"
+            + ("" if left_s is None else f", about {duration(left_s)} left"),
+            style="dim",
+        )
+        best = state.best(objective, state.header["mode"])
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for heading in ("trial", "state", "images"):
+            table.add_column(heading, justify="left" if heading == "state" else "right")
+        table.add_column("", width=16)
+        table.add_column(objective, justify="right")
+        table.add_column("parameters", overflow="ellipsis", no_wrap=True)
+        for trial in _worth_showing(state, objective):
+            name = trial.state or "unfinished"
+            style = STYLES.get(name, "red")
+            table.add_row(
+                f"{'★ ' if trial is best else ''}{trial.number}",
+                Text(f"{SYMBOLS.get(name, '✗')} {trial.state or 'running'}", style=style),
+                f"{trial.samples_seen:,}",
+                ProgressBar(
+                    total=state.header["total_images"], completed=trial.samples_seen, width=16
+                ),
+                _value(trial, objective),
+                Text(_params(trial), style="dim"),
+            )
+        return Group(line, spent, table)
+
+
+class DataProgress:
+    """A progress bar for decoding a folder of images: call it with (done, total)."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn())
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+        self._task = self._bar.add_task("decoding", total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.start()
+        self._bar.update(self._task, completed=done, total=total)
+        if done >= total:
+            self._bar.stop()
+
+
+def _worth_showing(state: SweepState, objective: str) -> list[TrialState]:
+    """Running trials, then the best of the others."""
+    running = [trial for trial in state.trials.values() if trial.state is None]
+    sign = 1.0 if state.header["mode"] == "max" else -1.0
+
+    def rank(trial: TrialState) -> tuple[bool, float]:
+        value = trial.value(objective)
+        return (trial.state != "completed", -sign * value if value is not None else float("inf"))
+
+    ended = sorted((t for t in state.trials.values() if t.state is not None), key=rank)
+    return (running + ended)[:SHOWN_TRIALS]
+
+
+def _value(trial: TrialState, objective: str) -> str:
+    value = trial.value(objective)
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _params(trial: TrialState) -> str:
+    return "  ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in trial.params.items()
+    )
+
+
+def _why(trial: TrialState) -> str:
+    return f" ({trial.reason})" if trial.reason and trial.state != "pruned" else ""

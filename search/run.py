@@ -1,0 +1,566 @@
+"""`Sweep`: a plan or a sweep's folder -> trials on Ray -> a journal, a record, a result.
+
+`Sweep(config).run()` starts, `Sweep.open(folder).resume()` goes on from the journal, with
+`trials=MORE` beyond the plan. Everything that can be wrong with the input is found before
+anything is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+import os
+import platform
+import signal
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from filelock import FileLock, Timeout
+
+from search.asha import rungs_for
+from search.config import (
+    DATA_FIELDS,
+    SweepConfig,
+    parse_sweep,
+    read_sweep_yaml,
+    write_atomically,
+)
+from search.driver import Driver
+from search.journal import FILE_NAME, SCHEMA, Journal, SweepState, load_state
+from search.study import SAMPLERS
+from search.tracking import (
+    Recorder,
+    check_tracking_uri,
+    default_tracking_uri,
+    without_credentials,
+)
+from spaces import Space, load_space, run_space, with_fixed
+from trainer.config import TrainConfig, parse_config
+
+if TYPE_CHECKING:
+    from trainer.datasets import DataSplits
+
+GPUS_PER_TRIAL = 0.25
+PREFLIGHT_DRAWS = 32
+DEAD_WORKERS_S = 60.0
+VERSIONED = ("contrasweep", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy")
+SPACE_COPY = "space.py"
+LOCK_NAME = ".lock"
+TRIALS = "trials"
+TUNE_LEFTOVERS = ("experiment_state-*.json", "search_gen_state-*.json", "tuner.pkl", ".validate*")
+
+OnStep = Callable[[SweepState], None]
+DataProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep came to; `to_json` is what `contrasweep sweep --json` prints."""
+
+    name: str
+    dir: Path
+    tracking_uri: str
+    objective: str
+    state: str
+    reason: str
+    best: dict[str, Any] | None
+    """`trial`, `value` and searched `params` of the best trial."""
+    trials: dict[str, int]
+    samples_seen: int
+    wall_s: float
+    unrecorded: str | None
+    """Why MLflow lacks a part of the journal; None: it has everything."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "dir": str(self.dir),
+            "tracking_uri": without_credentials(self.tracking_uri),
+            "objective": self.objective,
+            "state": self.state,
+            "best": self.best,
+            "trials": self.trials,
+            "samples_seen": self.samples_seen,
+            "wall_s": round(self.wall_s, 3),
+        }
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What preflight found: all that a sweep needs, checked."""
+
+    config: SweepConfig
+    space: Space
+    defaults: dict[str, Any]
+    data: DataSplits
+    total_images: int
+    marks: tuple[int, ...]
+    rungs: tuple[int, ...]
+    space_file: Path | None
+
+
+class Sweep:
+    """One sweep. ValueErrors are the user's input, in one line."""
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        *,
+        download: bool = False,
+        data_progress: DataProgress | None = None,
+        on_step: OnStep | None = None,
+    ) -> None:
+        config = config.resolved()
+        if config.name is None:
+            stem = Path(config.space.partition(":")[0]).stem
+            config = config.model_copy(update={"name": f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"})
+        self.config = config
+        self.dir = Path(config.out) / str(config.name)
+        self.tracking_uri = config.tracking_uri or default_tracking_uri(Path(config.out))
+        self._download = download
+        self._data_progress = data_progress
+        self._on_step = on_step or (lambda state: None)
+
+    @classmethod
+    def open(cls, directory: Path, **options: Any) -> Sweep:
+        """The sweep in `directory`, as its `sweep.yaml` describes it."""
+        directory = directory.expanduser().resolve()
+        if not (directory / FILE_NAME).is_file():
+            raise ValueError(f"{directory} is not a sweep's folder: it has no {FILE_NAME}")
+        config = parse_sweep(read_sweep_yaml(directory / "sweep.yaml"))
+        moved = {"name": directory.name, "out": str(directory.parent)}
+        return cls(config.model_copy(update=moved), **options)
+
+    def run(self) -> SweepResult:
+        """Start the sweep and see it through; a folder that exists is an error."""
+        check_tracking_uri(self.tracking_uri)
+        if self.dir.exists():
+            raise ValueError(
+                f"the sweep {self.dir} exists; go on with 'contrasweep resume {self.dir}' or "
+                "choose another --name"
+            )
+        plan = self._preflight()
+        with _ray(self.config) as slots, self._writing(plan) as journal:
+            journal.append(
+                "sweep_started",
+                schema=SCHEMA,
+                sweep_id=uuid.uuid4().hex,
+                config=self.config.model_dump(),
+                mode=self.config.mode,
+                total_images=plan.total_images,
+                marks=plan.marks,
+                rungs=plan.rungs,
+                slots=slots(),
+                data=_describe_data(plan.data),
+                space_sha256=_sha256(plan.space_file),
+                versions=_versions(),
+                git_commit=_git_commit(),
+                driver_pid=os.getpid(),
+                node=socket.gethostname(),
+            )
+            return self._drive(plan, journal, slots)
+
+    def resume(self, trials: int = 0) -> SweepResult:
+        """Go on where the journal ends, with `trials` more than were planned.
+
+        Refused (ValueError) while another driver holds the folder, and when the space's file has
+        changed since the sweep began.
+        """
+        check_tracking_uri(self.tracking_uri)
+        with _locked(self.dir):
+            state = load_state(self.dir / FILE_NAME)
+            plan = self._preflight(state)
+            _await_dead_workers(state)
+            with _ray(self.config) as slots:
+                journal = Journal(self.dir / FILE_NAME)
+                journal.drop_torn_line()
+                planned = journal.state.planned + trials
+                journal.append("resumed", trials=planned, slots=slots(), driver_pid=os.getpid())
+                return self._drive(plan, journal, slots)
+
+    def sweep_id(self) -> str:
+        """The id under which MLflow knows this sweep, whatever its folder is called by now."""
+        return str(load_state(self.dir / FILE_NAME).header["sweep_id"])
+
+    def record_rest(self) -> None:
+        """Upload what MLflow lacks of the journal; nothing while a driver does so itself."""
+        if not is_running(self.dir):
+            Recorder(self.dir, self.tracking_uri).sync()
+
+    # ---- before anything is written
+
+    def _preflight(self, state: SweepState | None = None) -> _Plan:
+        from trainer.datasets import load_for
+        from trainer.loop import check_names, report_marks
+
+        config = self.config
+        space = with_fixed(self._load_space(state), config.base_fields())
+        base = parse_config(config.base_fields())
+        check_names(base)
+        data = load_for(base, download=self._download, progress=self._data_progress)
+        train = len(data.train.labels)
+        self._check_draws(space, base, train)
+        total = round(config.epochs * train)
+        rungs: tuple[int, ...] = ()
+        if config.scheduler == "asha":
+            rungs = rungs_for(max(1, round(config.grace * train)), config.reduction, total)
+        every = max(1, round(config.report_every * train))
+        plan = _Plan(
+            config=config,
+            space=space,
+            defaults=base.model_dump(),
+            data=data,
+            total_images=total,
+            marks=report_marks(total, every, rungs),
+            rungs=rungs,
+            space_file=_space_file(space),
+        )
+        if state is not None and state.header["total_images"] != total:
+            raise ValueError(
+                f"the data set {data.name} has changed since the sweep began: it holds {train:,} "
+                f"training images, a full trial was {state.header['total_images']:,} images"
+            )
+        return plan
+
+    def _load_space(self, state: SweepState | None) -> Space:
+        ref = self.config.space
+        if state is None or state.header["space_sha256"] is None:
+            return load_space(ref)
+        path, _, function = ref.rpartition(":")
+        copy = self.dir / SPACE_COPY
+        if path.endswith(".py") and not Path(path).exists():
+            ref = f"{copy}:{function}"
+        space = load_space(ref)
+        if _sha256(_space_file(space)) != state.header["space_sha256"]:
+            raise ValueError(
+                f"the search space {ref} has changed since the sweep began; restore it from "
+                f"{copy} or start a new sweep"
+            )
+        return space
+
+    def _check_draws(self, space: Space, base: TrainConfig, train_images: int) -> None:
+        """Draw configurations at random, as the sweep will, and check each of them."""
+        from trainer.loop import check_names
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=SAMPLERS["random"](self.config.seed))
+        for _ in range(PREFLIGHT_DRAWS):
+            fields = {**self.config.base_fields(), **run_space(space, study.ask())}
+            drawn = parse_config(fields)
+            check_names(drawn)
+            if drawn.batch_size > train_images:
+                raise ValueError(
+                    f"batch_size must be at most the {train_images:,} images of the train split, "
+                    f"got {drawn.batch_size:,}; fix it with --set batch_size=N"
+                )
+            for name in DATA_FIELDS:
+                if getattr(drawn, name) != getattr(base, name):
+                    raise ValueError(
+                        f"a space must not vary {name}: all trials of a sweep share one data set"
+                    )
+
+    # ---- the run
+
+    @contextlib.contextmanager
+    def _writing(self, plan: _Plan) -> Iterator[Journal]:
+        """A new, locked folder with sweep.yaml, the copy of the space and an empty journal."""
+        try:
+            self.dir.mkdir(parents=True)
+        except FileExistsError:
+            raise ValueError(f"the sweep {self.dir} exists; choose another --name") from None
+        with _locked(self.dir):
+            provenance = {"versions": _versions(), "git_commit": _git_commit()}
+            write_atomically(self.dir / "sweep.yaml", self.config.to_yaml(provenance))
+            if plan.space_file is not None:
+                text = plan.space_file.read_text(encoding="utf-8")
+                write_atomically(self.dir / SPACE_COPY, text)
+            yield Journal.create(self.dir / FILE_NAME)
+
+    def _drive(self, plan: _Plan, journal: Journal, slots: Callable[[], int]) -> SweepResult:
+        driver = Driver.from_journal(plan.config, journal, plan.space, plan.defaults)
+        recorder = Recorder(self.dir, self.tracking_uri)
+        recorder.start()
+        try:
+            with _draining_on_signal(driver):
+                _fit(self, plan, driver, slots, lambda: self._on_step(journal.state))
+            if driver.crash is not None:
+                raise driver.crash
+        except BaseException as error:
+            if journal.failure is None and journal.state.ended is None:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                journal.append("sweep_finished", state="interrupted", reason=reason)
+            raise
+        else:
+            complete = not journal.state.unfinished() and driver.draining is None
+            journal.append(
+                "sweep_finished",
+                state="finished" if complete else "interrupted",
+                reason=driver.draining or driver.spent or "",
+            )
+        finally:
+            unrecorded = recorder.stop()
+        self._on_step(journal.state)
+        return self._result(journal.state, unrecorded)
+
+    def _result(self, state: SweepState, unrecorded: str | None) -> SweepResult:
+        assert state.ended is not None
+        objective = self.config.objective
+        best = state.best(objective, self.config.mode)
+        return SweepResult(
+            name=str(self.config.name),
+            dir=self.dir,
+            tracking_uri=self.tracking_uri,
+            objective=objective,
+            state=state.ended["state"],
+            reason=state.ended["reason"],
+            best=None
+            if best is None
+            else {"trial": best.number, "value": best.value(objective), "params": best.params},
+            trials=state.counts(),
+            samples_seen=state.samples_seen,
+            wall_s=state.wall_s,
+            unrecorded=unrecorded,
+        )
+
+
+def _fit(
+    sweep: Sweep, plan: _Plan, driver: Driver, slots: Callable[[], int], on_step: Callable[[], None]
+) -> None:
+    """Run the driver's segments on Ray Tune until it says that there are no more."""
+    from ray import tune
+
+    from search.schedulers import SweepCallback, SweepScheduler
+    from search.searcher import SweepSearcher
+    from search.trainable import ContrastiveTrainable
+
+    trainable = tune.with_parameters(
+        ContrastiveTrainable, data=plan.data, marks=plan.marks, sweep_dir=str(sweep.dir)
+    )
+    resources = {"cpu": plan.config.cpus_per_trial, "gpu": _gpus_per_trial(plan.config)}
+    tune.Tuner(
+        tune.with_resources(trainable, resources),
+        tune_config=tune.TuneConfig(
+            search_alg=SweepSearcher(driver, slots),
+            scheduler=SweepScheduler(driver),
+            num_samples=-1,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=TRIALS,
+            storage_path=str(sweep.dir),
+            callbacks=[SweepCallback(driver, on_step)],
+            failure_config=tune.FailureConfig(max_failures=0),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+            verbose=0,
+        ),
+    ).fit()
+    for leftover in TUNE_LEFTOVERS:  # the journal is the state
+        for path in (sweep.dir / TRIALS).glob(leftover):
+            path.unlink()
+
+
+def _trial_name(trial: Any) -> str:
+    number, attempt = trial.config["number"], trial.config["attempt"]
+    return str(number) if attempt == 1 else f"{number}.{attempt}"
+
+
+def _gpus_per_trial(config: SweepConfig) -> float:
+    import ray
+
+    if config.gpus_per_trial is not None:
+        return config.gpus_per_trial
+    return GPUS_PER_TRIAL if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+
+
+@contextlib.contextmanager
+def _ray(config: SweepConfig) -> Iterator[Callable[[], int]]:
+    """Ray, started here unless it runs; yields the number of trials that fit at the moment."""
+    os.environ.update(
+        RAY_USAGE_STATS_ENABLED="0",
+        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+        TUNE_DISABLE_SIGINT_HANDLER="1",
+        TUNE_MAX_PENDING_TRIALS_PG="1000",
+        TUNE_GLOBAL_CHECKPOINT_S="1000000",  # the journal is the state, not Tune's snapshots
+        TUNE_RESULT_BUFFER_LENGTH="1",
+        RAY_CHDIR_TO_TRIAL_DIR="0",
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+        RAY_AIR_NEW_OUTPUT="0",
+    )
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        local = {"include_dashboard": False} if config.address is None else {}
+        ray.init(
+            address=config.address or "local",
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=True,
+            **local,
+        )
+    try:
+        _check_fits(config)
+        yield _Slots(config)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _check_fits(config: SweepConfig) -> None:
+    """ValueError when no node could ever run one trial."""
+    import ray
+
+    gpus = _gpus_per_trial(config)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {kind: max(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+    for kind, asked in (("CPU", config.cpus_per_trial), ("GPU", gpus)):
+        if asked > most[kind]:
+            option = f"--{kind.lower()}s-per-trial"
+            raise ValueError(f"{option} is {asked:g}, but no node has more than {most[kind]:g}")
+
+
+class _Slots:
+    """How many trials the cluster holds at the moment; asked of Ray at most once a second."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        self._config = config
+        self._asked_at, self._count = -float("inf"), 1
+
+    def __call__(self) -> int:
+        import ray
+
+        if time.monotonic() - self._asked_at >= 1.0:
+            cpus, gpus = self._config.cpus_per_trial, _gpus_per_trial(self._config)
+            fits = 0
+            for node in ray.nodes():
+                have = node["Resources"] if node["Alive"] else {}
+                by_cpu = int(have.get("CPU", 0.0) / cpus + 1e-9)
+                by_gpu = int(have.get("GPU", 0.0) / gpus + 1e-9) if gpus else by_cpu
+                fits += min(by_cpu, by_gpu)
+            self._asked_at, self._count = time.monotonic(), max(1, fits)
+        return self._count
+
+
+@contextlib.contextmanager
+def _draining_on_signal(driver: Driver) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM drains the sweep, the second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(signum: int, frame: object) -> None:
+        if driver.draining is not None:
+            raise KeyboardInterrupt
+        driver.drain(f"stopped by {signal.Signals(signum).name}")
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {signum: signal.signal(signum, on_signal) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the sweep's folder; ValueError if another driver does. A killed holder lets go."""
+    lock = FileLock(directory / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process runs the sweep {directory}; wait for it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a driver holds the sweep's folder at the moment."""
+    lock = FileLock(directory / LOCK_NAME)
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _await_dead_workers(state: SweepState) -> None:
+    """Wait for the workers of a killed driver, which outlive it by seconds with their memory."""
+    here = socket.gethostname()
+    pids = {t.pid for t in state.trials.values() if t.pid and t.node == here}
+    give_up = time.monotonic() + DEAD_WORKERS_S
+    while any(_is_ray_worker(pid) for pid in pids):
+        if time.monotonic() > give_up:
+            raise ValueError(
+                f"workers of an earlier driver still run (process ids {sorted(pids)}); end them"
+            )
+        time.sleep(0.2)
+
+
+def _is_ray_worker(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
+    except OSError:
+        return False
+
+
+def _space_file(space: Space) -> Path | None:
+    """The file of a user's own space; None for a built-in one, whose version is the package's."""
+    function = inspect.unwrap(space)
+    if function.__module__.partition(".")[0] == "spaces":
+        return None
+    source = inspect.getsourcefile(function)
+    return None if source is None else Path(source)
+
+
+def _sha256(path: Path | None) -> str | None:
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _describe_data(data: DataSplits) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for split in (data.train, data.val, data.test):
+        digest.update(split.labels.tobytes())
+        digest.update(split.images[:: max(1, len(split.images) // 64)].tobytes())
+    return {
+        "name": data.name,
+        "train": len(data.train.labels),
+        "val": len(data.val.labels),
+        "test": len(data.test.labels),
+        "classes": len(data.classes),
+        "skipped": len(data.skipped),
+        "digest": digest.hexdigest()[:32],
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _git_commit() -> str | None:
+    """The commit of this source tree, with `-dirty` after it if it was changed; None outside."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+               "--abbrev=40", "--exclude=*"]  # fmt: skip
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,0 +1,71 @@
+"""Ray's `TrialScheduler` and `Callback` hooks, translated for `search.driver.Driver`.
+
+Order of Ray's hooks for a result: the scheduler's (which journals the report with its decision),
+the callback's (which asks for a checkpoint), the save, the callback's `on_checkpoint`, and only
+then the stop, if that was the decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.result import SHOULD_CHECKPOINT
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from search.driver import Driver
+from search.searcher import guarded, unflattened
+
+
+class SweepScheduler(FIFOScheduler):
+    """Goes on or stops as the driver decides; trials start in the order of suggestion."""
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__()
+        self._driver: Driver | None = driver
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        assert self._driver is not None
+        driver = self._driver
+        stop = guarded(driver, lambda: driver.on_result(unflattened(result)), True)
+        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class SweepCallback(Callback):
+    """Asks for checkpoints, journals them, and shows progress after each step of Tune's loop."""
+
+    def __init__(self, driver: Driver, on_step: Callable[[], None]) -> None:
+        self._driver: Driver | None = driver
+        self._on_step = on_step
+        self._marks: dict[str, int] = {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        assert self._driver is not None
+        driver = self._driver
+        wanted = guarded(driver, lambda: driver.wants_checkpoint(result), False)
+        result[SHOULD_CHECKPOINT] = wanted
+        if wanted:
+            self._marks[trial.trial_id] = int(result["mark"])
+
+    def on_checkpoint(
+        self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any
+    ) -> None:
+        assert self._driver is not None
+        driver, number = self._driver, int(trial.config["number"])
+        mark = self._marks[trial.trial_id]
+        guarded(driver, lambda: driver.on_checkpoint(number, mark, checkpoint.path), None)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._on_step()
+
+    def get_state(self) -> dict[str, Any] | None:
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}

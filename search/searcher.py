@@ -1,0 +1,87 @@
+"""Ray's `Searcher` hooks, translated for `search.driver.Driver`.
+
+The adapters hold no open file, lock or thread, and drop the driver when Tune pickles them: what
+they know is in the journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from ray.tune.search import Searcher
+
+from search.driver import Driver, Next, Segment
+
+T = TypeVar("T")
+METRICS = "metrics/"
+"""Prefix of a report's metrics in a result that Tune has flattened."""
+
+
+def guarded(driver: Driver, act: Callable[[], T], otherwise: T) -> T:
+    """Run one hook; an error is kept in `driver.crash`, since Ray would swallow or retry it."""
+    try:
+        return act()
+    except Exception as error:
+        driver.crash = driver.crash or error
+        return otherwise
+
+
+def unflattened(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as the trainable returned it, whether or not Tune has flattened it."""
+    if "metrics" in result:
+        return dict(result)
+    metrics = {
+        key.removeprefix(METRICS): value for key, value in result.items() if key.startswith(METRICS)
+    }
+    return {**result, "metrics": metrics}
+
+
+class SweepSearcher(Searcher):
+    """Hands out the driver's segments and tells it how they ended."""
+
+    def __init__(self, driver: Driver, slots: Callable[[], int]) -> None:
+        super().__init__()
+        self._driver: Driver | None = driver
+        self._slots = slots
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        assert self._driver is not None
+        driver = self._driver
+        finished: Segment | Next = Next.FINISHED
+        segment = guarded(driver, lambda: driver.next_segment(self._slots()), finished)
+        if segment is Next.WAIT:
+            return None
+        if isinstance(segment, Next):
+            return str(Searcher.FINISHED)
+        self._numbers[trial_id] = segment.number
+        return {
+            "number": segment.number,
+            "attempt": segment.attempt,
+            "fields": segment.fields,
+            "checkpoint": segment.checkpoint,
+        }
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        assert self._driver is not None
+        driver, number = self._driver, self._numbers.pop(trial_id)
+        if result is None and not error:
+            driver.in_flight.discard(number)  # it never ran: handed out again
+            return
+        last = unflattened(result) if result is not None and not error else None
+        guarded(driver, lambda: driver.on_segment_end(number, last), None)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal is the searcher's state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: see `save`."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing: see `save`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,391 @@
+"""Journal -> MLflow: what is recorded of a sweep, and the thread that uploads it.
+
+One parent run a sweep, one child run (`mlflow.parentRunId`) a trial, in the experiment
+`contrasweep`. Tag names carry the prefix `contrasweep.`.
+
+| run    | kind     | names                                                                     |
+|--------|----------|---------------------------------------------------------------------------|
+| parent | tags     | kind=sweep, sweep, sweep_id, state (running, finished, interrupted),      |
+|        |          | objective, mode, total_images, train_images, val_images, rungs, marks,    |
+|        |          | reduction, slots, space, sampler, scheduler, dataset, wall_s, cursor,     |
+|        |          | version.PACKAGE; mlflow.source.git.commit                                 |
+| parent | params   | every field of `SweepConfig`                                              |
+| parent | metrics  | best_OBJECTIVE at step = images spent by the whole sweep                  |
+| parent | dataset  | name, digest, sizes of the splits                                         |
+| parent | artifact | sweep.yaml; best/checkpoint.pt of the best trial                          |
+| child  | tags     | kind=trial, sweep_id, number, state, reason, default, params and          |
+|        |          | distributions (JSON, searched ones only), seed, node, rung (if pruned)    |
+| child  | params   | every field of `TrainConfig`                                              |
+| child  | metrics  | every figure of a `Report`, and at rungs rung_cutoff, rung_competitors,   |
+|        |          | rung_stop, at step = samples_seen with the report's own time              |
+
+Status of a child: FINISHED (completed), KILLED (pruned), FAILED (the other final states),
+RUNNING (unfinished).
+
+Every upload can be repeated without doubling anything: runs are looked up by their tags before
+they are made (MLflow's create_run is not idempotent, so its own retries are off), metrics carry
+the journal's times, and the tag `cursor` says up to which byte of the journal all is uploaded. A
+server that is slow or down delays nothing but the record itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from search.journal import FILE_NAME, Event, SweepState, TrialState, read_events_from
+from trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
+EXPERIMENT = "contrasweep"
+PREFIX = "contrasweep."
+SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
+BATCH_METRICS, BATCH_PARAMS, PARAM_CHARS, TAG_CHARS = 1000, 100, 6000, 5000
+"""Limits of MLflow's log_batch."""
+POLL_S = 1.0
+STATUS = {"completed": "FINISHED", "pruned": "KILLED"}
+
+
+def check_tracking_uri(uri: str) -> None:
+    """ValueError for a URI whose scheme is not one of `SCHEMES`."""
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if scheme not in SCHEMES:
+        raise ValueError(
+            f"unsupported tracking URI scheme {scheme!r}; use one of {', '.join(SCHEMES)}, such "
+            "as http://127.0.0.1:5000 or sqlite:////path/mlflow.db"
+        )
+
+
+def default_tracking_uri(out: Path) -> str:
+    """MLFLOW_TRACKING_URI, else the embedded SQLite store of this folder of sweeps."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out / 'mlflow.db'}"
+
+
+def without_credentials(uri: str) -> str:
+    """`uri` with user and password taken out, for records and screens."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+class Recorder:
+    """Uploads a sweep's journal on one background thread; see the module's text.
+
+    `sync` does the same once, in the caller's thread. Neither touches the sweep's own state:
+    the recorder reads the journal's file like any other reader.
+    """
+
+    def __init__(self, sweep_dir: Path, tracking_uri: str) -> None:
+        self._dir = sweep_dir
+        self._uri = tracking_uri
+        self._state = SweepState()
+        self._offset = 0
+        self._parent: str | None = None
+        self._children: dict[int, str] = {}
+        self._client: MlflowClient | None = None
+        self._uploaded_to = 0
+        self._backlog: list[tuple[int, Event]] = []
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="mlflow-recorder", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 60.0) -> str | None:
+        """Upload what is left, for at most `timeout_s`; returns what kept it from that, if so."""
+        assert self._thread is not None
+        self._stopping.set()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return self._problem or f"the tracking server took more than {timeout_s:g} s"
+        return self._problem
+
+    def pending_bytes(self) -> int:
+        return (self._dir / FILE_NAME).stat().st_size - self._uploaded_to
+
+    def _run(self) -> None:
+        delay_s = POLL_S
+        while True:
+            stopping = self._stopping.is_set()
+            try:
+                self.sync()
+                self._problem, delay_s = None, POLL_S
+            except Exception as error:
+                # Whatever a store raises is one more reason to try again later; what is known
+                # of its runs may be out of date by now.
+                reason = " ".join(str(error).split())[:300]
+                self._problem = f"{type(error).__name__}: {reason}"
+                self._parent, self._children = None, {}
+                delay_s = min(30.0, delay_s * 2)
+            if stopping:
+                return
+            self._stopping.wait(delay_s)
+
+    def sync(self) -> None:
+        """Upload everything that the journal holds and the tracking store does not."""
+        for offset, event in read_events_from(self._dir / FILE_NAME, self._offset):
+            self._state.apply(event)
+            self._offset = offset
+            self._backlog.append((offset, event))
+        if not self._backlog or not self._state.header:
+            return
+        client = self._connect()
+        if self._parent is None:
+            self._parent = self._find_or_create_parent(client)
+            cursor = int(client.get_run(self._parent).data.tags.get(PREFIX + "cursor", 0))
+            self._backlog = [(end, event) for end, event in self._backlog if end > cursor]
+        self._upload(client, self._parent, [event for _, event in self._backlog])
+        self._uploaded_to = self._offset
+        self._backlog.clear()
+
+    # ---- to MLflow
+
+    def _connect(self) -> MlflowClient:
+        if self._client is None:
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+            for name in ("mlflow", "alembic"):  # the making of tables is no news to the user
+                logging.getLogger(name).setLevel(logging.WARNING)
+            from mlflow.tracking import MlflowClient
+
+            self._client = MlflowClient(tracking_uri=self._uri)
+        return self._client
+
+    def _experiment(self, client: MlflowClient) -> str:
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return str(found.experiment_id)
+        location = None
+        if self._uri.startswith("sqlite:"):  # MLflow's default would be the current folder
+            location = (self._dir.parent / "mlartifacts").as_uri()
+        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+
+    def _find_or_create_parent(self, client: MlflowClient) -> str:
+        experiment = self._experiment(client)
+        sweep_id = self._state.header["sweep_id"]
+        self._children = {}
+        parent, token = None, None
+        while True:
+            page = client.search_runs(
+                [experiment],
+                f"tags.`{PREFIX}sweep_id` = '{sweep_id}'",
+                max_results=1000,
+                page_token=token,
+            )
+            for run in page:
+                if run.data.tags[PREFIX + "kind"] == "sweep":
+                    parent = str(run.info.run_id)
+                else:
+                    self._children[int(run.data.tags[PREFIX + "number"])] = str(run.info.run_id)
+            token = page.token
+            if not token:
+                break
+        return parent or self._create_parent(client, experiment)
+
+    def _create_parent(self, client: MlflowClient, experiment: str) -> str:
+        header = self._state.header
+        config = header["config"]
+        tags = {
+            "kind": "sweep",
+            "sweep": config["name"],
+            "sweep_id": header["sweep_id"],
+            "mode": header["mode"],
+            "total_images": header["total_images"],
+            "train_images": header["data"]["train"],
+            "val_images": header["data"]["val"],
+            "rungs": json.dumps(header["rungs"]),
+            "marks": json.dumps(header["marks"]),
+            **{
+                name: config[name]
+                for name in (
+                    "space", "sampler", "scheduler", "dataset", "objective", "reduction",
+                )
+            },
+            **{f"version.{name}": value for name, value in header["versions"].items()},
+        }  # fmt: skip
+        run = client.create_run(
+            experiment,
+            start_time=_milliseconds(header["time"]),
+            run_name=config["name"],
+            tags={
+                **{PREFIX + key: str(value) for key, value in tags.items()},
+                "mlflow.source.name": "contrasweep",
+                "mlflow.source.git.commit": header.get("git_commit") or "unknown",
+            },
+        )
+        return str(run.info.run_id)
+
+    def _upload(self, client: MlflowClient, parent: str, new: list[Event]) -> None:
+        from mlflow.entities import RunTag
+
+        if not new:
+            return
+        metrics: dict[int, list[Metric]] = defaultdict(list)
+        for event in new:
+            number = int(event["number"]) if "number" in event else None
+            if event["event"] == "sweep_started":
+                self._describe_sweep(client, parent)
+            elif event["event"] == "suggested":
+                self._describe_trial(client, parent, self._state.trials[int(event["number"])])
+            if number is not None:
+                metrics[number] += _report_metrics(event) if event["event"] == "report" else []
+        for number, points in metrics.items():
+            self._upload_trial(client, self._state.trials[number], points)
+        best = self._best_so_far(new)
+        for start in range(0, len(best), BATCH_METRICS):
+            client.log_batch(parent, metrics=best[start : start + BATCH_METRICS])
+        ended = self._state.ended
+        tags = {
+            "state": "running" if ended is None else ended["state"],
+            "wall_s": f"{self._state.wall_s:.3f}",
+            "slots": self._state.slots,
+            "cursor": self._offset,
+        }
+        if ended is not None:
+            self._upload_ending(client, parent)
+        client.log_batch(parent, tags=[RunTag(PREFIX + k, str(v)) for k, v in tags.items()])
+        if ended is None:
+            if any(event["event"] == "resumed" for event in new):
+                client.update_run(parent, status="RUNNING")
+        else:
+            status = "FINISHED" if ended["state"] == "finished" else "KILLED"
+            client.set_terminated(parent, status, end_time=_milliseconds(ended["time"]))
+
+    def _describe_sweep(self, client: MlflowClient, parent: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        header = self._state.header
+        config = {**header["config"], "fixed": json.dumps(header["config"]["fixed"])}
+        _log_params(client, parent, config)
+        data = header["data"]
+        dataset = Dataset(
+            name=data["name"][:500],
+            digest=data["digest"],
+            source_type="contrasweep",
+            source=json.dumps({"dataset": data["name"]}),
+            profile=json.dumps({key: data[key] for key in ("train", "val", "test", "skipped")}),
+        )
+        client.log_inputs(
+            parent, [DatasetInput(dataset, [InputTag("mlflow.data.context", "train")])]
+        )
+        client.log_artifact(parent, str(self._dir / "sweep.yaml"))
+
+    def _describe_trial(self, client: MlflowClient, parent: str, trial: TrialState) -> None:
+        if trial.number not in self._children:
+            self._children[trial.number] = self._create_child(client, parent, trial)
+        defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
+        _log_params(client, self._children[trial.number], {**defaults, **trial.config})
+
+    def _upload_trial(self, client: MlflowClient, trial: TrialState, metrics: list[Metric]) -> None:
+        from mlflow.entities import RunTag
+
+        run_id = self._children[trial.number]
+        tags = {"node": trial.node} if trial.node else {}
+        if trial.state:
+            tags |= {"state": trial.state, "reason": trial.reason[:TAG_CHARS]}
+        stop = trial.stop_recorded()
+        if stop is not None:
+            tags["rung"] = str(stop["decision"]["rung"])
+        for start in range(0, max(1, len(metrics)), BATCH_METRICS):
+            client.log_batch(
+                run_id,
+                metrics=metrics[start : start + BATCH_METRICS],
+                tags=[RunTag(PREFIX + key, str(value)) for key, value in tags.items()],
+            )
+        if trial.state:
+            assert trial.finished_at is not None
+            status = STATUS.get(trial.state, "FAILED")
+            client.set_terminated(run_id, status, end_time=_milliseconds(trial.finished_at))
+
+    def _create_child(self, client: MlflowClient, parent: str, trial: TrialState) -> str:
+        experiment = client.get_run(parent).info.experiment_id
+        tags = {
+            "kind": "trial",
+            "sweep_id": self._state.header["sweep_id"],
+            "number": trial.number,
+            "params": json.dumps(trial.params),
+            "distributions": json.dumps(trial.distributions),
+            "seed": trial.config.get("seed"),
+            **({"default": "true"} if trial.is_default else {}),
+        }
+        run = client.create_run(
+            experiment,
+            start_time=_milliseconds(trial.suggested_at),
+            run_name=f"trial {trial.number}",
+            tags={
+                **{PREFIX + key: str(value)[:TAG_CHARS] for key, value in tags.items()},
+                "mlflow.parentRunId": parent,
+            },
+        )
+        return str(run.info.run_id)
+
+    def _best_so_far(self, new: list[Event]) -> list[Metric]:
+        """The parent's curve: best objective seen, against images spent by the whole sweep."""
+        from mlflow.entities import Metric
+
+        objective = self._state.header["config"]["objective"]
+        better = max if self._state.header["mode"] == "max" else min
+        seen: dict[int, int] = {}
+        best, points = None, []
+        keys = {(e["number"], e["mark"]) for e in new if e["event"] == "report"}
+        for report in self._state.reports:
+            seen[report["number"]] = report["samples_seen"]
+            value = report["metrics"].get(objective)
+            if value is None:
+                continue
+            best = value if best is None else better(best, value)
+            if (report["number"], report["mark"]) in keys:
+                at = _milliseconds(report["time"])
+                points.append(Metric(f"best_{objective}", best, at, sum(seen.values())))
+        return points
+
+    def _upload_ending(self, client: MlflowClient, parent: str) -> None:
+        header = self._state.header
+        best = self._state.best(header["config"]["objective"], header["mode"])
+        if best is None or best.checkpoint is None:
+            return
+        file = Path(best.checkpoint) / "checkpoint.pt"
+        if file.is_file():
+            client.log_artifact(parent, str(file), "best")
+
+
+def _report_metrics(event: Event) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    figures: dict[str, Any] = {"mark": event["mark"], **event["metrics"]}
+    decision: Mapping[str, Any] = event["decision"]
+    if decision["rung"] is not None:
+        figures["rung_competitors"] = decision["competitors"]
+        figures["rung_stop"] = int(decision["stop"])
+        figures["rung_cutoff"] = decision["cutoff"]
+    at, step = _milliseconds(event["time"]), int(event["samples_seen"])
+    return [
+        Metric(name, float(value), at, step) for name, value in figures.items() if value is not None
+    ]
+
+
+def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(key, str(value)[:PARAM_CHARS]) for key, value in values.items()]
+    for start in range(0, len(params), BATCH_PARAMS):
+        client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

@@ -1,0 +1,146 @@
+"""The seam between the rooms: a segment's fields -> `Trainer` -> `Report` -> a result for Tune.
+
+One worker process serves trial after trial (`reset_config`), so imports, CUDA context and the
+data set are paid for once. What goes wrong in a trial comes back as a result with an `outcome`;
+only an error that leaves the process unusable is raised, and Ray replaces the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.config import parse_config
+from trainer.datasets import DataSplits
+from trainer.loop import Diverged, Report, Trainer
+
+CHECKPOINT_FILE = "checkpoint.pt"
+LOG_FILE = "log.txt"
+SAVE_SHARE = 0.05
+"""Checkpoints may cost this share of a trial's time."""
+
+
+class ContrastiveTrainable(tune.Trainable):
+    """Trains one segment after another; a `step` ends at the next report."""
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        data: DataSplits | None = None,
+        marks: tuple[int, ...] = (),
+        sweep_dir: str = "",
+    ) -> None:
+        assert data is not None
+        self._data, self._marks, self._sweep_dir = data, marks, Path(sweep_dir)
+        self._last_save_s, self._saved_at = 0.0, -float("inf")
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._begin(new_config)
+        return True
+
+    def _begin(self, segment: dict[str, Any]) -> None:
+        # Nothing that can fail: an error here would count as the death of this worker.
+        self._segment = segment
+        self._trainer: Trainer | None = None
+        self._reports: Iterator[Report] | None = None
+        self._mark = 0
+
+    def step(self) -> dict[str, Any]:
+        """Train to the next report; a trial's failure is a result, not an exception."""
+        number = self._segment["number"]
+        with _logged(self._sweep_dir / "trials" / str(number) / LOG_FILE):
+            try:
+                outcome = self._next_report()
+            except Diverged as error:
+                outcome = {"outcome": "diverged", "reason": error.reason}
+            except Exception as error:
+                traceback.print_exc()
+                if _poisons_process(error):
+                    raise
+                state = "oom" if _is_out_of_memory(error) else "error"
+                outcome = {"outcome": state, "reason": f"{type(error).__name__}: {error}"[:1000]}
+            if outcome["outcome"] != "report":
+                print(f"{outcome['outcome']}: {outcome['reason']}")
+                self._trainer = self._reports = None
+        metrics = outcome.pop("metrics", {})
+        place = {"number": number, "node": socket.gethostname(), "worker_pid": os.getpid()}
+        return {**place, **outcome, "metrics": metrics}
+
+    def _next_report(self) -> dict[str, Any]:
+        if self._reports is None:
+            self._reports = self._start()
+        report = next(self._reports)
+        self._mark = report.mark
+        metrics = {k: v for k, v in asdict(report).items() if k not in ("mark", "samples_seen")}
+        print(f"{report.samples_seen:>12,} images  " + _figures(metrics))
+        since_save_s = time.monotonic() - self._saved_at
+        return {
+            "outcome": "report",
+            "mark": report.mark,
+            "samples_seen": report.samples_seen,
+            "save_is_cheap": self._last_save_s <= SAVE_SHARE * since_save_s,
+            "metrics": metrics,
+        }
+
+    def _start(self) -> Iterator[Report]:
+        config = parse_config(self._segment["fields"])
+        checkpoint = self._segment["checkpoint"]
+        print(f"trial {self._segment['number']}, attempt {self._segment['attempt']}")
+        print(config.model_dump_json())
+        self._trainer = Trainer(config, self._data, marks=self._marks)
+        if checkpoint:
+            print(f"continues from {checkpoint}")
+            self._trainer.load_state_dict(load_checkpoint(Path(checkpoint) / CHECKPOINT_FILE).state)
+        return self._trainer.run()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        assert self._trainer is not None
+        started = time.monotonic()
+        path = Path(checkpoint_dir) / CHECKPOINT_FILE
+        save_checkpoint(path, self._trainer.state_dict(), self._trainer.config, self._mark)
+        self._saved_at = time.monotonic()
+        self._last_save_s = self._saved_at - started
+
+    def cleanup(self) -> None:
+        self._trainer = self._reports = None
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Append what is printed meanwhile, warnings included, to the trial's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("a", encoding="utf-8", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        yield
+
+
+def _figures(metrics: dict[str, Any]) -> str:
+    shown = ("epoch", "train_loss", "knn_top1", "alignment", "uniformity", "rankme")
+    return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _poisons_process(error: Exception) -> bool:
+    """A sticky CUDA error: every later call in this process would fail with it."""
+    accelerator = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, accelerator) and not isinstance(error, torch.OutOfMemoryError)

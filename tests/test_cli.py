@@ -1,0 +1,195 @@
+"""The command line as a user meets it: what it prints, writes and refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY = ["--epochs", "1", "--trials", "2", "--train-limit", "200", "--set", "batch_size=64"]
+
+
+def contrasweep(
+    *arguments: str, cwd: Path, check: bool = True, **env: str
+) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", "from search.cli import main; main()", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200", **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+BAD_SWEEPS: dict[str, tuple[list[str], str]] = {
+    "unknown space": (["--space", "nope"], "quick"),
+    "unknown dataset": (["--dataset", "nope"], "digits"),
+    "missing folder": (["--dataset", "folder:/does/not/exist"], "/does/not/exist"),
+    "unknown encoder": (["--set", "encoder=nope"], "conv_small"),
+    "unknown loss": (["--set", "loss=nope"], "nt_xent"),
+    "unknown optimizer": (["--set", "optimizer=nope"], "adamw"),
+    "unknown objective": (["--objective", "nope"], "knn_top1"),
+    "incomparable objective": (["--objective", "val_loss"], "not comparable"),
+    "unknown field": (["--set", "learning_rate=1"], "unknown field 'learning_rate'"),
+    "field without value": (["--set", "lr"], "FIELD=VALUE"),
+    "value out of range": (["--set", "temperature=-1"], "temperature"),
+    "not a number": (["--set", "lr=fast"], "lr"),
+    "not finite": (["--set", "lr=nan"], "lr"),
+    "owned by an option": (["--set", "epochs=3"], "--epochs"),
+    "zero trials": (["--trials", "0"], "trials"),
+    "negative epochs": (["--epochs", "-1"], "epochs"),
+    "grace above the end": (["--epochs", "2", "--grace", "3"], "grace"),
+    "reduction of one": (["--reduction", "1"], "reduction"),
+    "batch above the train split": (["--set", "batch_size=50000"], "batch_size"),
+    "unknown sampler": (["--sampler", "nope"], "tpe"),
+    "unknown scheduler": (["--scheduler", "nope"], "asha"),
+    "name with a slash": (["--name", "a/b"], "folder name"),
+    "file store": (["--tracking-uri", "file:///tmp/x"], "unsupported tracking URI"),
+    "missing space file": (["--space", "nofile.py:space"], "nofile.py"),
+    "no such function": (["--space", "mine.py:other"], "other"),
+    "space of unknown fields": (["--space", "mine.py:unknown_field"], "nonsense"),
+    "space that returns nothing": (["--space", "mine.py:nothing"], "nothing"),
+    "space that varies the data": (["--space", "mine.py:varies"], "image_size"),
+    "space that raises": (["--space", "mine.py:raises"], "division"),
+    "missing config": (["--config", "none.yaml"], "none.yaml"),
+    "config of unknown fields": (["--config", "bad.yaml"], "colour"),
+    "config that is no YAML": (["--config", "broken.yaml"], "broken.yaml"),
+}
+
+MINE = """
+def unknown_field(trial):
+    return {"lr": trial.suggest_float("lr", 1e-4, 1e-3), "nonsense": 1}
+def nothing(trial):
+    trial.suggest_float("lr", 1e-4, 1e-3)
+def varies(trial):
+    return {"image_size": trial.suggest_categorical("image_size", [16, 32])}
+def raises(trial):
+    return {"lr": 1 / 0}
+"""
+
+
+@pytest.mark.parametrize("name", BAD_SWEEPS)
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, for speed: what `main` does with each mistake."""
+    from search.cli import main
+
+    arguments, expected = BAD_SWEEPS[name]
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "bad.yaml").write_text("colour: blue\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    before = written(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["contrasweep", "sweep", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    message = capsys.readouterr().err.strip()
+    assert ended.value.code == 2, message
+    assert expected in message
+    assert "\n" not in message
+    assert "Traceback" not in message
+    assert [path for path in written(tmp_path) if "__pycache__" not in path] == before
+
+
+@pytest.mark.slow
+def test_more_than_any_node_has_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    done = contrasweep("sweep", "--cpus-per-trial", "999", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "--cpus-per-trial is 999" in done.stderr
+    assert written(tmp_path) == []
+
+
+@pytest.mark.parametrize("verb", ["spaces", "datasets", "encoders", "losses"])
+def test_what_there_is_has_one_line_each(verb: str, tmp_path: Path) -> None:
+    known: dict[str, Any] = json.loads(contrasweep(verb, "--json", cwd=tmp_path).stdout)
+    assert known
+    assert all(isinstance(text, str) and text for text in known.values())
+    assert set(known) <= set(contrasweep(verb, cwd=tmp_path).stdout.split())
+
+
+def test_help_is_quick_and_shows_defaults(tmp_path: Path) -> None:
+    done = contrasweep("sweep", "--help", cwd=tmp_path)
+    assert "--space" in done.stdout
+    assert "quick" in done.stdout
+
+
+def test_train_writes_its_run_and_tells_it(tmp_path: Path) -> None:
+    arguments = ["train", "--epochs", "1", "--train-limit", "200", "--set", "batch_size=64",
+                 "--set", "lr=2e-3", "--seed", "3", "--test", "--out", "run", "--json"]  # fmt: skip
+    told = json.loads(contrasweep(*arguments, cwd=tmp_path).stdout)
+    assert told["samples_seen"] == 256
+    assert 0 < told["metrics"]["test_knn_top1"] <= 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 2e-3
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 2
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
+    again = contrasweep(*arguments, cwd=tmp_path, check=False)
+    assert again.returncode == 2
+    assert "not empty" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_from_start_to_report(tmp_path: Path) -> None:
+    done = contrasweep("sweep", *TINY, "--name", "s", "--json", cwd=tmp_path)
+    told = json.loads(done.stdout)
+    assert told["state"] == "finished"
+    assert sum(told["trials"].values()) == 2
+    assert Path(told["report"]).is_file()
+    assert (tmp_path / "runs" / "s" / "report" / "leaderboard.csv").is_file()
+    assert told["samples_seen"] == 2 * 256
+    assert "Traceback" not in done.stderr
+
+    again = contrasweep("sweep", *TINY, "--name", "s", cwd=tmp_path, check=False)
+    assert again.returncode == 2
+    assert "resume" in again.stderr
+
+    status = json.loads(contrasweep("status", "runs/s", "--json", cwd=tmp_path).stdout)
+    assert status["state"] == "finished"
+    assert status["unfinished"] == []
+    assert status["best"]["trial"] == told["best"]["trial"]
+
+    extended = contrasweep("resume", "runs/s", "--trials", "1", "--json", cwd=tmp_path)
+    assert sum(json.loads(extended.stdout)["trials"].values()) == 3
+
+    shown = contrasweep("report", "runs/s", cwd=tmp_path).stdout
+    assert "knn_top1" in shown
+
+    best = str(told["best"]["trial"])
+    repeated = contrasweep(
+        "train", "--from", "runs/s", "--trial", best, "--out", "again", "--json", cwd=tmp_path
+    )
+    metrics = json.loads(repeated.stdout)
+    for figure in ("knn_top1", "train_loss", "rankme", "alignment", "uniformity"):
+        assert metrics["metrics"][figure] == metrics["recorded"][figure]
+
+    from_yaml = contrasweep(
+        "sweep", "--config", "runs/s/sweep.yaml", "--name", "t", "--json", cwd=tmp_path
+    )
+    assert json.loads(from_yaml.stdout)["best"]["value"] == told["best"]["value"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["status", "nothing"], ["resume", "nothing"], ["report", "nothing"],
+     ["train", "--from", "nothing", "--trial", "0"], ["train", "--from", "nothing"],
+     ["train", "--set", "encoder=nope"], ["train", "--dataset", "cifar10"]],
+)  # fmt: skip
+def test_other_verbs_name_what_is_wrong(arguments: list[str], tmp_path: Path) -> None:
+    done = contrasweep(*arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert written(tmp_path) == []

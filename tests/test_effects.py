@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from analysis.effects import (
+    importance,
+    is_categorical,
+    is_log,
+    parameter_frame,
+    shared_mark,
+)
+from analysis.load import load_sweep
+
+
+def test_importance_finds_the_planted_parameter(recorded):
+    result = importance(recorded)
+    assert result.shares is not None
+    assert next(iter(result.shares)) == "lr"
+    assert result.shares["lr"] > 0.5
+    assert sum(result.shares.values()) == pytest.approx(1)
+    assert (result.mark, result.n) == (1_000, 11)
+    assert result.left_out == ("margin",)
+
+
+@pytest.mark.parametrize("evaluator", ["fanova", "ped_anova"])
+def test_both_evaluators_find_a_strong_parameter_among_many_trials(
+    sweep_store, record_sweep, fake_trial, evaluator
+):
+    rng = random.Random(0)
+    trials = []
+    for number in range(60):
+        lr, temperature = 10 ** rng.uniform(-4, -1), 10 ** rng.uniform(-1.3, 0)
+        top = 0.9 - 0.1 * (math.log10(lr) + 2) ** 2 + 0.002 * temperature
+        params = {"lr": lr, "temperature": temperature}
+        trials.append(fake_trial(number, "completed", params, [top] * 8))
+    name = f"sixty-{evaluator}"
+    record_sweep(name, trials)
+    result = importance(load_sweep(sweep_store, name), evaluator)
+    assert result.shares is not None
+    assert result.shares["lr"] > 0.8
+    assert (result.mark, result.n) == (4_000, 60)
+
+
+def test_values_are_compared_at_one_mark(recorded):
+    mark, values = shared_mark(recorded)
+    assert mark == 1_000
+    assert sorted(values.index) == list(range(11))  # 11 and 12 failed, 13 is not that far
+    assert values[10] == pytest.approx(
+        (0.9 - 0.2 * (math.log10(3.1e-3) - math.log10(3e-3)) ** 2) * (1 - math.exp(-1))
+    )
+
+
+def test_too_few_trials_are_said(sweep_store, record_sweep, fake_trial):
+    few = [fake_trial(n, "completed", {"lr": 1e-3 * (n + 1)}, [0.1 * n] * 8) for n in range(5)]
+    record_sweep("few", few)
+    result = importance(load_sweep(sweep_store, "few"))
+    assert result.shares is None
+    assert result.reason == "needs 10 trials that reached the same mark, there are 5"
+
+
+def test_equal_values_have_no_importance(sweep_store, record_sweep, fake_trial):
+    flat = [fake_trial(n, "completed", {"lr": 1e-3 * (n + 1)}, [0.5] * 8) for n in range(12)]
+    record_sweep("flat", flat)
+    result = importance(load_sweep(sweep_store, "flat"))
+    assert (result.shares, result.reason) == (None, "every trial has the same value")
+
+
+def test_a_default_outside_the_searched_range_is_left_out(sweep_store, record_sweep, fake_trial):
+    trials = [fake_trial(0, "completed", {"lr": 5.0}, [0.9] * 8, is_default=True)]
+    trials += [
+        fake_trial(n, "completed", {"lr": 1e-3 * n, "temperature": 0.1}, [0.03 * n] * 8)
+        for n in range(1, 12)
+    ]
+    record_sweep("outside", trials)
+    result = importance(load_sweep(sweep_store, "outside"))
+    assert result.n == 11
+    assert result.shares is not None
+
+
+def test_unknown_evaluator_lists_the_known(recorded):
+    with pytest.raises(ValueError, match="fanova, ped_anova, got 'shap'"):
+        importance(recorded, "shap")
+
+
+def test_parameter_frame_is_tidy(recorded):
+    tidy = parameter_frame(recorded)
+    assert list(tidy.columns) == ["number", "state", "parameter", "setting", "objective", "mark"]
+    lr = tidy[tidy["parameter"] == "lr"].set_index("number")
+    assert sorted(lr.index) == [*range(11), 13]  # those with a value
+    assert (lr.loc[4, "setting"], lr.loc[4, "state"], lr.loc[4, "mark"]) == (1e-4, "pruned", 1_000)
+    margin = tidy[tidy["parameter"] == "margin"]
+    assert sorted(margin["number"]) == [1, 4, 7, 10, 13]
+
+
+def test_scales_come_from_the_searched_distributions(recorded):
+    assert is_log(recorded, "lr")
+    assert not is_log(recorded, "margin")
+    assert is_categorical(recorded, "batch_size")
+    assert not is_categorical(recorded, "lr")

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from analysis.load import load_sweep
+from analysis.plots import best_so_far_figure, learning_curves, parameter_figure, rung_figure
+from analysis.report import format_duration, format_value, write_report
+
+SECTIONS = (
+    *("Leaderboard", "Progress", "Parameters", "Importance", "Early stopping"),
+    *("Failed trials", "Configuration and versions"),
+)
+
+
+class Markup(HTMLParser):
+    """What a browser sees: attributes, text outside scripts, ids and the scripts themselves."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+        self.text, self.scripts, self._in = "", [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self._in = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._in = ""
+
+    def handle_data(self, data):
+        if self._in == "script":
+            self.scripts[-1] += data
+        elif self._in != "style":
+            self.text += data
+
+    def figures(self) -> dict:
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture(scope="module")
+def page(recorded, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("page") / "report"
+    assert write_report(recorded, folder) == folder / "index.html"
+    assert sorted(path.name for path in folder.iterdir()) == ["index.html", "leaderboard.csv"]
+    return (folder / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def markup(page) -> Markup:
+    return Markup(page)
+
+
+def read(sweep_store, name, tmp_path) -> Markup:
+    return Markup(write_report(load_sweep(sweep_store, name), tmp_path).read_text("utf-8"))
+
+
+def test_the_page_has_every_section(markup):
+    for section in SECTIONS:
+        assert section in markup.text
+    assert "Trial 10 won with knn_top1 0.8835, 0.0447 better" in " ".join(markup.text.split())
+    assert "+4.5 points" in markup.text
+    assert "± 0.0160" in markup.text
+    assert "15,856 of 45,168 images" in markup.text
+
+
+def test_the_page_needs_no_network(markup):
+    loading = {"src", "href", "srcset", "action", "data", "poster", "background"}
+    found = [(tag, value) for tag, name, value in markup.attributes if name in loading]
+    assert [value for _, value in found if not value.startswith("#")] == []
+    assert not {"link", "iframe", "img", "base", "object", "embed"} & set(markup.tags)
+    policy = next(v for _, n, v in markup.attributes if n == "content" and "default-src" in v)
+    assert policy.startswith("default-src 'none';")
+    assert "http" not in policy
+
+
+def test_plotly_is_inlined_once_and_every_figure_has_its_place(page, markup):
+    assert len(markup.scripts) == 4
+    assert len(re.findall(r"\* plotly\.js v", page)) == 1
+    ids = {value for _, name, value in markup.attributes if name == "id"}
+    figures = markup.figures()
+    assert set(figures) <= ids
+    places = [v for _, n, v in markup.attributes if n == "class" and v == "plot"]
+    assert len(places) == len(figures) == 3 + 5 + 1 + 1
+    assert all(figure["data"] for figure in figures.values())
+
+
+def test_text_from_the_store_is_escaped(page, markup):
+    assert "<script>alert(1)" not in page
+    assert "<script>alert(1)</script> loss is nan" in markup.text
+    assert "<b>&" in markup.text
+    assert "b" not in markup.tags
+
+
+def test_hostile_names_stay_text_everywhere(sweep_store, record_sweep, fake_trial, tmp_path):
+    hostile = "</script><img src=x onerror=alert(1)>"
+    import optuna.distributions as d
+
+    name = f"evil {hostile}"
+    ranges = {
+        hostile: d.distribution_to_json(d.CategoricalDistribution([hostile, "b"])),
+        "lr": d.distribution_to_json(d.FloatDistribution(1e-4, 1.0, log=True)),
+    }
+    trials = [
+        fake_trial(n, "completed", {hostile: (hostile, "b")[n % 2], "lr": 0.01 * n}, [0.1 * n] * 8)
+        for n in range(1, 4)
+    ]
+    record_sweep(name, trials, ranges=ranges, tags={"dataset": hostile, "version.x": hostile})
+    markup = read(sweep_store, name, tmp_path)
+    assert "img" not in markup.tags
+    assert len(markup.scripts) == 4
+    titles = json.dumps([figure["layout"] for figure in markup.figures().values()])
+    assert "<img" not in titles  # plotly reads HTML in its texts
+    assert "&lt;img" in titles
+    assert markup.text.count(hostile) >= 4
+
+
+def test_the_same_records_give_the_same_page(recorded, page, tmp_path):
+    assert write_report(recorded, tmp_path).read_text(encoding="utf-8") == page
+
+
+def test_the_csv_holds_every_trial(recorded, tmp_path):
+    write_report(recorded, tmp_path)
+    with (tmp_path / "leaderboard.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["number"]) for row in rows][:3] == [10, 2, 0]
+    assert len(rows) == 14
+    assert float(rows[0]["param.lr"]) == 3.1e-3
+    assert rows[-1]["reason"].startswith("CUDA out of memory")
+
+
+def test_several_sweeps_are_compared(recorded, tmp_path):
+    other = dataclasses.replace(recorded, info={**recorded.info, "name": "other"})
+    markup = Markup(write_report([recorded, other], tmp_path).read_text("utf-8"))
+    assert "Comparison" in markup.text
+    assert markup.text.count("Failed trials") == 2
+    figures = markup.figures()
+    assert len(figures) == 2 * 10 + 2
+    names = {trace["name"] for trace in figures["all-images"]["data"]}
+    assert {"planted: best report", "other: best completed trial"} <= names
+
+
+def test_sweeps_of_other_objectives_share_no_curves(recorded, tmp_path):
+    other = dataclasses.replace(recorded, info={**recorded.info, "dataset": "cifar10"})
+    markup = Markup(write_report([recorded, other], tmp_path).read_text("utf-8"))
+    assert "not comparable" in markup.text
+    assert "all-images" not in markup.figures()
+
+
+def test_a_sweep_that_has_just_begun(sweep_store, record_sweep, tmp_path):
+    record_sweep("begun", [], state="running")
+    markup = read(sweep_store, "begun", tmp_path)
+    assert "No trial has reported a value" in markup.text
+    assert "still running" in markup.text
+    assert markup.figures() == {}
+
+
+def test_a_sweep_in_which_everything_failed(sweep_store, record_sweep, fake_trial, tmp_path):
+    trials = [
+        fake_trial(0, "error", {"lr": 1e-3}, (), "ValueError: no", True),
+        fake_trial(1, "lost", {"lr": 1e-2}, ()),
+    ]
+    record_sweep("broken", trials)
+    markup = read(sweep_store, "broken", tmp_path)
+    assert "ValueError: no" in markup.text
+    assert "No trial has reported a value" in markup.text
+
+
+def test_a_sweep_without_stopping_and_with_one_parameter(
+    sweep_store, record_sweep, fake_trial, tmp_path
+):
+    trials = [fake_trial(n, "completed", {"lr": 1e-3 * (n + 1)}, [0.1 * n] * 8) for n in range(3)]
+    record_sweep("simple", trials, tags={"rungs": "[]", "scheduler": "none"})
+    markup = read(sweep_store, "simple", tmp_path)
+    assert "ran without early stopping" in markup.text
+    assert "needs 10 trials" in markup.text
+    assert len(markup.figures()) == 4
+
+
+def test_a_small_gain_is_called_chance(sweep_store, record_sweep, fake_trial, tmp_path):
+    trials = [
+        fake_trial(0, "completed", {"lr": 1e-3}, [0.80] * 8, is_default=True),
+        fake_trial(1, "completed", {"lr": 1e-2}, [0.81] * 8),
+    ]
+    record_sweep("close", trials)
+    assert "it may be chance" in read(sweep_store, "close", tmp_path).text
+
+
+def test_an_empty_list_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one sweep"):
+        write_report([], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_learning_curves_tell_how_each_trial_ended(recorded):
+    names = [trace.name for trace in learning_curves(recorded).data if trace.mode == "markers"]
+    assert names == [
+        *("unfinished (1)", "failed (1)", "stopped early (6)"),
+        *("completed (4)", "winner, trial 10"),
+    ]
+
+
+def test_parameter_axes_follow_the_searched_scale(recorded):
+    assert parameter_figure(recorded, "lr").layout.xaxis.type == "log"
+    assert parameter_figure(recorded, "margin").layout.xaxis.type != "log"
+    assert parameter_figure(recorded, "batch_size").layout.xaxis.ticktext == ("64", "128", "256")
+    with pytest.raises(ValueError, match="batch_size, loss, lr"):
+        parameter_figure(recorded, "momentum")
+
+
+def test_figures_say_what_their_axes_are(recorded):
+    by_time, by_images = (best_so_far_figure(recorded, by) for by in ("time", "images"))
+    assert by_time.layout.xaxis.title.text == "wall time (minutes)"
+    assert by_images.layout.xaxis.title.text == "images, all trials together"
+    assert by_time.layout.yaxis.title.text == "knn_top1 (higher is better)"
+    bars = {trace.name: list(trace.y) for trace in rung_figure(recorded).data}
+    assert bars == {"passed": [7, 5], "stopped": [4, 2]}
+
+
+def test_numbers_for_the_eye():
+    assert [format_value(v) for v in (None, float("nan"), 512, 0.00031234, True, "x")] == [
+        *("–", "–", "512", "0.0003123", "True", "x")
+    ]
+    assert [format_duration(v) for v in (None, 3.21, 59, 61, 7_260, 200_000)] == [
+        *("–", "3.2 s", "59 s", "1 min 1 s", "2 h 1 min", "2 d 7 h")
+    ]

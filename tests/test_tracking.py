@@ -1,0 +1,258 @@
+"""The recorder against a real SQLite store and a real MLflow server: all there, nothing twice."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from search.journal import Journal
+from search.tracking import Recorder, check_tracking_uri, without_credentials
+
+MARKS = [100, 200, 300]
+
+
+def write_sweep(folder: Path, trials: int = 4) -> Journal:
+    """A small sweep's journal: trial 0 completed, 1 pruned, 2 diverged, the rest unfinished."""
+    folder.mkdir(parents=True)
+    (folder / "sweep.yaml").write_text("space: quick\n")
+    journal = Journal.create(folder / "events.jsonl")
+    config = {"name": folder.name, "trials": trials, "objective": "knn_top1", "space": "quick",
+              "sampler": "tpe", "scheduler": "asha", "dataset": "digits", "reduction": 3,
+              "fixed": {"encoder": "conv_small"}}  # fmt: skip
+    journal.append(
+        "sweep_started", schema=1, sweep_id="id-" + folder.name, config=config, mode="max",
+        total_images=300, marks=MARKS, rungs=[100], slots=2, space_sha256=None, git_commit="c0ffee",
+        versions={"torch": "2"}, data={"name": "digits", "train": 100, "val": 30, "test": 20,
+                                       "classes": 10, "skipped": 0, "digest": "d1"},
+    )  # fmt: skip
+    for number in range(trials):
+        journal.append(
+            "suggested", number=number, params={"lr": 0.1 * number}, distributions={},
+            system_attrs={}, config={"lr": 0.1 * number, "seed": number}, default=number == 0,
+        )  # fmt: skip
+        report(journal, number, 100, 0.5 + 0.1 * number, stop=number == 1)
+    report(journal, 0, 200, 0.8)
+    report(journal, 0, 300, 0.7)
+    journal.append("finished", number=0, state="completed", reason="", mark=300)
+    journal.append("finished", number=1, state="pruned", reason="weak", mark=100)
+    journal.append("finished", number=2, state="diverged", reason="loss <nan>", mark=100)
+    return journal
+
+
+def report(journal: Journal, number: int, mark: int, value: float, stop: bool = False) -> None:
+    rung = 100 if mark == 100 else None
+    decision = {"stop": stop, "rung": rung, "cutoff": 0.55 if stop else None, "competitors": 3}
+    metrics = {"knn_top1": value, "train_loss": None}
+    journal.append("report", number=number, mark=mark, samples_seen=mark + 1, metrics=metrics,
+                   decision=decision, node="n1", pid=1)  # fmt: skip
+
+
+def runs_of(uri: str, sweep_id: str) -> tuple[Run, dict[int, Run]]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("contrasweep")
+    assert experiment is not None
+    found = client.search_runs(
+        [experiment.experiment_id], f"tags.`contrasweep.sweep_id` = '{sweep_id}'"
+    )
+    parents = [run for run in found if run.data.tags["contrasweep.kind"] == "sweep"]
+    children = [run for run in found if run.data.tags["contrasweep.kind"] == "trial"]
+    assert len(parents) == 1
+    by_number = {int(run.data.tags["contrasweep.number"]): run for run in children}
+    assert len(by_number) == len(children)
+    assert all(run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id for run in children)
+    return parents[0], by_number
+
+
+def check_record(uri: str, sweep_id: str, trials: int = 4) -> None:
+    parent, children = runs_of(uri, sweep_id)
+    assert sorted(children) == list(range(trials))
+    assert [children[n].info.status for n in range(4)] == [
+        "FINISHED",
+        "KILLED",
+        "FAILED",
+        "RUNNING",
+    ]
+    assert children[2].data.tags["contrasweep.reason"] == "loss <nan>"
+    assert children[1].data.tags["contrasweep.rung"] == "100"
+    assert children[0].data.tags["contrasweep.default"] == "true"
+    assert json.loads(children[3].data.tags["contrasweep.params"]) == {"lr": pytest.approx(0.3)}
+    assert children[0].data.params["batch_size"] == "256"  # a default that no space sets
+    client = MlflowClient(uri)
+    history = client.get_metric_history(children[0].info.run_id, "knn_top1")
+    assert [(point.step, point.value) for point in history] == [(101, 0.5), (201, 0.8), (301, 0.7)]
+    best = client.get_metric_history(parent.info.run_id, "best_knn_top1")
+    assert [point.value for point in sorted(best, key=lambda p: p.step)][-1] == 0.8
+    assert parent.data.tags["mlflow.source.git.commit"] == "c0ffee"
+    assert parent.data.params["reduction"] == "3"
+    assert parent.inputs.dataset_inputs[0].dataset.name == "digits"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An SQLite store with its tables made (three seconds), to be copied by each test."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return str(path)
+
+
+@pytest.fixture
+def out(tmp_path: Path, store: str) -> Path:
+    shutil.copy(store, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def test_everything_is_recorded_once(out: Path) -> None:
+    write_sweep(out / "s1")
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    recorder = Recorder(out / "s1", uri)
+    recorder.sync()
+    check_record(uri, "id-s1")
+    recorder.sync()
+    Recorder(out / "s1", uri).sync()  # another process, later
+    check_record(uri, "id-s1")
+    assert not (Path.cwd() / "mlruns").exists()
+
+
+def test_a_lost_cursor_doubles_nothing(out: Path) -> None:
+    """A kill between an upload and its cursor: everything is uploaded again, and equal."""
+    write_sweep(out / "s1")
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    Recorder(out / "s1", uri).sync()
+    parent, _ = runs_of(uri, "id-s1")
+    MlflowClient(uri).set_tag(parent.info.run_id, "contrasweep.cursor", "0")
+    Recorder(out / "s1", uri).sync()
+    check_record(uri, "id-s1")
+
+
+def test_an_upload_cut_anywhere_is_completed_by_the_next_one(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let the n-th call to the store fail, for every n, then go on with a new recorder."""
+    write_sweep(out / "s1")
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    calls = {"left": 0}
+
+    def failing(name: str) -> Any:
+        original = getattr(MlflowClient, name)
+
+        def call(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise ConnectionError("cut")
+            done = original(self, *args, **kwargs)
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise ConnectionError("cut after it was done")
+            return done
+
+        return call
+
+    for name in ("create_run", "log_batch", "log_inputs", "set_terminated", "log_artifact"):
+        monkeypatch.setattr(MlflowClient, name, failing(name))
+    cuts = 0
+    for position in range(1, 80, 3):
+        calls["left"] = position
+        try:
+            Recorder(out / "s1", uri).sync()
+        except ConnectionError:
+            cuts += 1
+    assert cuts >= 5
+    calls["left"] = -1
+    Recorder(out / "s1", uri).sync()
+    check_record(uri, "id-s1")
+
+
+def test_two_sweeps_of_one_name_in_one_store_stay_apart(out: Path) -> None:
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    write_sweep(out / "a" / "s1")
+    journal = write_sweep(out / "b" / "s2")
+    Recorder(out / "a" / "s1", uri).sync()
+    Recorder(out / "b" / "s2", uri).sync()
+    journal.append("finished", number=3, state="lost", reason="", mark=100)
+    Recorder(out / "b" / "s2", uri).sync()
+    assert runs_of(uri, "id-s1")[1][3].info.status == "RUNNING"
+    assert runs_of(uri, "id-s2")[1][3].info.status == "FAILED"
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "/tmp/mlruns", "ftp://host/x", "databricks"])
+def test_unsupported_schemes_are_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match="unsupported tracking URI scheme"):
+        check_tracking_uri(uri)
+
+
+def test_credentials_are_taken_out_of_a_uri() -> None:
+    assert without_credentials("http://me:secret@host:5000/x") == "http://host:5000/x"
+    assert without_credentials("sqlite:////a/b.db") == "sqlite:////a/b.db"
+
+
+@pytest.fixture
+def server(tmp_path: Path, store: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A real `mlflow server` on loopback, over a copy of the store."""
+    shutil.copy(store, tmp_path / "server.db")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1",
+               "--port", str(port), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}",
+               "--artifacts-destination", str(tmp_path / "artifacts")]  # fmt: skip
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urlopen(f"{uri}/health", timeout=2).read()
+            break
+        except OSError:
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            time.sleep(0.25)
+    yield uri, process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_and_comes_back_misses_nothing(
+    tmp_path: Path, server: tuple[str, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, process = server
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    journal = write_sweep(tmp_path / "s1")
+    recorder = Recorder(tmp_path / "s1", uri)
+    recorder.start()
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    for mark in (200, 300):
+        report(journal, 3, mark, 0.75)
+    assert time.monotonic() - started < 1, "the journal must not wait for the server"
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGCONT)
+    time.sleep(6)
+    assert recorder.stop() is None
+    check_record(uri, "id-s1")
+    history = MlflowClient(uri).get_metric_history(
+        runs_of(uri, "id-s1")[1][3].info.run_id, "knn_top1"
+    )
+    assert [point.step for point in history] == [101, 201, 301]
+
+
+def test_a_store_that_cannot_be_reached_is_named_and_does_not_block(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s1")
+    recorder = Recorder(tmp_path / "s1", "http://127.0.0.1:9")
+    recorder.start()
+    problem = recorder.stop(timeout_s=30)
+    assert problem is not None
+    assert recorder.pending_bytes() > 0

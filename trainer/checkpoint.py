@@ -1,0 +1,84 @@
+"""Checkpoints: one file with the configuration, the mark and the trainer's state.
+
+Written atomically (beside, fsync, rename), so that a file of that name is always a whole one.
+Read with `torch.load(weights_only=True)`, so that a file from elsewhere cannot run code.
+Left out: the choice of what to keep and when; that is the caller's.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import TrainConfig, parse_config
+
+FORMAT = 1
+"""Raised when a new version can no longer read the old files."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one file holds: `mark` in images, `state` for `Trainer.load_state_dict`."""
+
+    config: TrainConfig
+    mark: int
+    state: dict[str, Any]
+
+
+def save_checkpoint(path: Path, state: dict[str, Any], config: TrainConfig, mark: int) -> None:
+    """Write a checkpoint to `path`, replacing an older one only once the new one is on disk.
+
+    `state` holds tensors and plain Python only. The folder is made if it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "config": config.model_dump(), "mark": mark, "state": state}
+    descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, its tensors on the CPU; a ValueError says why it cannot be read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {path} does not exist; check the path") from None
+    except Exception as error:  # a broken file raises a dozen types, by where it is broken
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"checkpoint {path} cannot be read, use an earlier one: {why}") from None
+    match content:
+        case {
+            "format": int(version),
+            "config": dict(config),
+            "mark": int(mark),
+            "state": dict(state),
+        } if version == FORMAT:
+            try:
+                return Checkpoint(parse_config(config), mark, state)
+            except ValueError as error:
+                raise ValueError(
+                    f"checkpoint {path} holds a wrong configuration: {error}"
+                ) from None
+    raise ValueError(f"checkpoint {path} is not one of a trainer of format {FORMAT}; use another")
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself survives a power cut only once the folder is on disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

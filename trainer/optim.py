@@ -1,0 +1,92 @@
+"""Optimisers and learning-rate schedules.
+
+A schedule is a function of the images seen, never of the optimiser's steps, so that it means the
+same at every batch size and a restored run needs no schedule state. `wsd` is the default because
+its value at a rung does not depend on the length of the run, as `cosine`'s does.
+Left out: LARS, and schedules that react to metrics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config import TrainConfig
+
+Groups = list[dict[str, Any]]
+
+
+def _decay_groups(module: nn.Module, weight_decay: float) -> Groups:
+    # Biases and norm parameters are vectors; decaying them only shrinks the features
+    # (He et al., "Bag of Tricks", arXiv:1812.01187, section 3.1).
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    # Loshchilov and Hutter, arXiv:1711.05101. Fused: one kernel instead of a dozen per tensor.
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def _sgd(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+
+
+def build_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """Build the configured optimiser over a module's parameters; ValueError if unknown."""
+    if config.optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(f"optimizer must be one of {known}; got {config.optimizer!r}")
+    return OPTIMIZERS[config.optimizer](_decay_groups(module, config.weight_decay), config)
+
+
+def _warmup(progress: float, config: TrainConfig) -> float:
+    return min(1.0, progress / config.warmup) if config.warmup > 0 else 1.0
+
+
+def _wsd(progress: float, config: TrainConfig) -> float:
+    # Warm-up, stable, decay: Hu et al., "MiniCPM", arXiv:2404.06395; the decay's form
+    # 1 - sqrt(x): Hägele et al., arXiv:2405.18392, where it beat the linear one.
+    start = 1.0 - config.cooldown
+    if progress <= start:
+        return _warmup(progress, config)
+    cooled = 1.0 - math.sqrt((progress - start) / config.cooldown)
+    return min(_warmup(progress, config), cooled)
+
+
+def _cosine(progress: float, config: TrainConfig) -> float:
+    # Loshchilov and Hutter, "SGDR", arXiv:1608.03983, one cycle after the warm-up.
+    if progress <= config.warmup:
+        return _warmup(progress, config)
+    return 0.5 * (1.0 + math.cos(math.pi * (progress - config.warmup) / (1.0 - config.warmup)))
+
+
+def learning_rate_at(config: TrainConfig, images: float, total_images: int) -> float:
+    """Give the learning rate after `images` of `total_images`, from 0 to the peak.
+
+    The peak is `config.learning_rate`. Past the end the rate stays at its last value. An unknown
+    schedule is a ValueError.
+    """
+    if config.schedule not in SCHEDULES:
+        known = ", ".join(SCHEDULES)
+        raise ValueError(f"schedule must be one of {known}; got {config.schedule!r}")
+    progress = min(1.0, max(0.0, images / total_images))
+    return config.learning_rate * max(0.0, SCHEDULES[config.schedule](progress, config))
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+}
+
+SCHEDULES: dict[str, Callable[[float, TrainConfig], float]] = {
+    "wsd": _wsd,
+    "cosine": _cosine,
+}
