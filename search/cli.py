@@ -7,6 +7,7 @@ Rooms are imported by the verb that needs them, so that `--help` is quick.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -48,7 +49,7 @@ def main() -> NoReturn:
 def _sweep_option(field: str, *names: str, **more: Any) -> Any:
     """An option whose help and default are those of a `SweepConfig` field."""
     info = SweepConfig.model_fields[field]
-    default = "" if info.default is None else f" [default: {info.default}]"
+    default = "" if info.default is None else f" (default: {info.default})"
     return typer.Option(*names, help=f"{info.description}{default}", show_default=False, **more)
 
 
@@ -127,12 +128,12 @@ def resume(
 
 @app.command()
 def train(
-    dataset: Annotated[str | None, typer.Option(help="Source of images. [default: digits]")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Source of images. (default: digits)")] = None,
     settings: Settings = None,
-    epochs: Annotated[float | None, typer.Option(help="Length of the run. [default: 10]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, views, order. [default: 0]")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Length of the run. (default: 10)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, views, order. (default: 0)")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="New folder. [default: runs/train-TIME]", show_default=False)
+        Path | None, typer.Option(help="New folder. (default: runs/train-TIME)", show_default=False)
     ] = None,
     train_limit: TrainLimit = None,
     val_limit: ValLimit = None,
@@ -298,7 +299,8 @@ def _carry_out(
     from search.progress import DataProgress, SweepDisplay
     from search.run import Sweep
 
-    with SweepDisplay(err_console) as display:
+    # Ray prints the news of its workers to standard output, which is for results alone
+    with contextlib.redirect_stdout(sys.stderr), SweepDisplay(err_console) as display:
         options: dict[str, Any] = {
             "download": download,
             "data_progress": DataProgress(err_console),

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import inspect
 import os
-import platform
 import signal
 import socket
-import subprocess
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ import optuna
 from filelock import FileLock, Timeout
 
 from search.asha import rungs_for
+from search.cluster import await_dead_workers, gpus_per_trial, ray_cluster
 from search.config import (
     DATA_FIELDS,
     SweepConfig,
@@ -37,6 +36,7 @@ from search.config import (
 )
 from search.driver import Driver
 from search.journal import FILE_NAME, SCHEMA, Journal, SweepState, load_state
+from search.provenance import describe_data, git_commit, versions
 from search.study import SAMPLERS
 from search.tracking import (
     Recorder,
@@ -50,10 +50,7 @@ from trainer.config import TrainConfig, parse_config
 if TYPE_CHECKING:
     from trainer.datasets import DataSplits
 
-GPUS_PER_TRIAL = 0.25
 PREFLIGHT_DRAWS = 32
-DEAD_WORKERS_S = 60.0
-VERSIONED = ("contrasweep", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy")
 SPACE_COPY = "space.py"
 LOCK_NAME = ".lock"
 TRIALS = "trials"
@@ -150,7 +147,7 @@ class Sweep:
                 "choose another --name"
             )
         plan = self._preflight()
-        with _ray(self.config) as slots, self._writing(plan) as journal:
+        with ray_cluster(self.config) as slots, self._writing(plan) as journal:
             journal.append(
                 "sweep_started",
                 schema=SCHEMA,
@@ -161,10 +158,10 @@ class Sweep:
                 marks=plan.marks,
                 rungs=plan.rungs,
                 slots=slots(),
-                data=_describe_data(plan.data),
+                data=describe_data(plan.data),
                 space_sha256=_sha256(plan.space_file),
-                versions=_versions(),
-                git_commit=_git_commit(),
+                versions=versions(),
+                git_commit=git_commit(),
                 driver_pid=os.getpid(),
                 node=socket.gethostname(),
             )
@@ -180,8 +177,8 @@ class Sweep:
         with _locked(self.dir):
             state = load_state(self.dir / FILE_NAME)
             plan = self._preflight(state)
-            _await_dead_workers(state)
-            with _ray(self.config) as slots:
+            await_dead_workers(state)
+            with ray_cluster(self.config) as slots:
                 journal = Journal(self.dir / FILE_NAME)
                 journal.drop_torn_line()
                 planned = journal.state.planned + trials
@@ -204,7 +201,8 @@ class Sweep:
         from trainer.loop import check_names, report_marks
 
         config = self.config
-        space = with_fixed(self._load_space(state), config.base_fields())
+        source = self._load_space(state)
+        space = with_fixed(source, config.base_fields())
         base = parse_config(config.base_fields())
         check_names(base)
         data = load_for(base, download=self._download, progress=self._data_progress)
@@ -223,7 +221,7 @@ class Sweep:
             total_images=total,
             marks=report_marks(total, every, rungs),
             rungs=rungs,
-            space_file=_space_file(space),
+            space_file=_space_file(source),
         )
         if state is not None and state.header["total_images"] != total:
             raise ValueError(
@@ -255,7 +253,16 @@ class Sweep:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=SAMPLERS["random"](self.config.seed))
         for _ in range(PREFLIGHT_DRAWS):
-            fields = {**self.config.base_fields(), **run_space(space, study.ask())}
+            try:
+                fields = {**self.config.base_fields(), **run_space(space, study.ask())}
+            except ValueError:
+                raise
+            except Exception as error:  # the user's code: say where it broke
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                raise ValueError(
+                    f"the space {self.config.space} fails at {where.filename}:{where.lineno}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             drawn = parse_config(fields)
             check_names(drawn)
             if drawn.batch_size > train_images:
@@ -279,7 +286,7 @@ class Sweep:
         except FileExistsError:
             raise ValueError(f"the sweep {self.dir} exists; choose another --name") from None
         with _locked(self.dir):
-            provenance = {"versions": _versions(), "git_commit": _git_commit()}
+            provenance = {"versions": versions(), "git_commit": git_commit()}
             write_atomically(self.dir / "sweep.yaml", self.config.to_yaml(provenance))
             if plan.space_file is not None:
                 text = plan.space_file.read_text(encoding="utf-8")
@@ -346,7 +353,7 @@ def _fit(
     trainable = tune.with_parameters(
         ContrastiveTrainable, data=plan.data, marks=plan.marks, sweep_dir=str(sweep.dir)
     )
-    resources = {"cpu": plan.config.cpus_per_trial, "gpu": _gpus_per_trial(plan.config)}
+    resources = {"cpu": plan.config.cpus_per_trial, "gpu": gpus_per_trial(plan.config)}
     tune.Tuner(
         tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
@@ -374,83 +381,6 @@ def _fit(
 def _trial_name(trial: Any) -> str:
     number, attempt = trial.config["number"], trial.config["attempt"]
     return str(number) if attempt == 1 else f"{number}.{attempt}"
-
-
-def _gpus_per_trial(config: SweepConfig) -> float:
-    import ray
-
-    if config.gpus_per_trial is not None:
-        return config.gpus_per_trial
-    return GPUS_PER_TRIAL if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
-
-
-@contextlib.contextmanager
-def _ray(config: SweepConfig) -> Iterator[Callable[[], int]]:
-    """Ray, started here unless it runs; yields the number of trials that fit at the moment."""
-    os.environ.update(
-        RAY_USAGE_STATS_ENABLED="0",
-        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
-        TUNE_DISABLE_SIGINT_HANDLER="1",
-        TUNE_MAX_PENDING_TRIALS_PG="1000",
-        TUNE_GLOBAL_CHECKPOINT_S="1000000",  # the journal is the state, not Tune's snapshots
-        TUNE_RESULT_BUFFER_LENGTH="1",
-        RAY_CHDIR_TO_TRIAL_DIR="0",
-        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-        RAY_AIR_NEW_OUTPUT="0",
-    )
-    import ray
-
-    ours = not ray.is_initialized()
-    if ours:
-        local = {"include_dashboard": False} if config.address is None else {}
-        ray.init(
-            address=config.address or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=True,
-            **local,
-        )
-    try:
-        _check_fits(config)
-        yield _Slots(config)
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def _check_fits(config: SweepConfig) -> None:
-    """ValueError when no node could ever run one trial."""
-    import ray
-
-    gpus = _gpus_per_trial(config)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = {kind: max(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
-    for kind, asked in (("CPU", config.cpus_per_trial), ("GPU", gpus)):
-        if asked > most[kind]:
-            option = f"--{kind.lower()}s-per-trial"
-            raise ValueError(f"{option} is {asked:g}, but no node has more than {most[kind]:g}")
-
-
-class _Slots:
-    """How many trials the cluster holds at the moment; asked of Ray at most once a second."""
-
-    def __init__(self, config: SweepConfig) -> None:
-        self._config = config
-        self._asked_at, self._count = -float("inf"), 1
-
-    def __call__(self) -> int:
-        import ray
-
-        if time.monotonic() - self._asked_at >= 1.0:
-            cpus, gpus = self._config.cpus_per_trial, _gpus_per_trial(self._config)
-            fits = 0
-            for node in ray.nodes():
-                have = node["Resources"] if node["Alive"] else {}
-                by_cpu = int(have.get("CPU", 0.0) / cpus + 1e-9)
-                by_gpu = int(have.get("GPU", 0.0) / gpus + 1e-9) if gpus else by_cpu
-                fits += min(by_cpu, by_gpu)
-            self._asked_at, self._count = time.monotonic(), max(1, fits)
-        return self._count
 
 
 @contextlib.contextmanager
@@ -498,29 +428,9 @@ def is_running(directory: Path) -> bool:
         return True
 
 
-def _await_dead_workers(state: SweepState) -> None:
-    """Wait for the workers of a killed driver, which outlive it by seconds with their memory."""
-    here = socket.gethostname()
-    pids = {t.pid for t in state.trials.values() if t.pid and t.node == here}
-    give_up = time.monotonic() + DEAD_WORKERS_S
-    while any(_is_ray_worker(pid) for pid in pids):
-        if time.monotonic() > give_up:
-            raise ValueError(
-                f"workers of an earlier driver still run (process ids {sorted(pids)}); end them"
-            )
-        time.sleep(0.2)
-
-
-def _is_ray_worker(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
-    except OSError:
-        return False
-
-
 def _space_file(space: Space) -> Path | None:
     """The file of a user's own space; None for a built-in one, whose version is the package's."""
-    function = inspect.unwrap(space)
+    function: Any = inspect.unwrap(space)
     if function.__module__.partition(".")[0] == "spaces":
         return None
     source = inspect.getsourcefile(function)
@@ -529,38 +439,3 @@ def _space_file(space: Space) -> Path | None:
 
 def _sha256(path: Path | None) -> str | None:
     return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _describe_data(data: DataSplits) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for split in (data.train, data.val, data.test):
-        digest.update(split.labels.tobytes())
-        digest.update(split.images[:: max(1, len(split.images) // 64)].tobytes())
-    return {
-        "name": data.name,
-        "train": len(data.train.labels),
-        "val": len(data.val.labels),
-        "test": len(data.test.labels),
-        "classes": len(data.classes),
-        "skipped": len(data.skipped),
-        "digest": digest.hexdigest()[:32],
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _git_commit() -> str | None:
-    """The commit of this source tree, with `-dirty` after it if it was changed; None outside."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
-               "--abbrev=40", "--exclude=*"]  # fmt: skip
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except OSError:
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None

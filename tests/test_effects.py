@@ -90,7 +90,11 @@ def test_parameter_frame_is_tidy(recorded):
     assert list(tidy.columns) == ["number", "state", "parameter", "setting", "objective", "mark"]
     lr = tidy[tidy["parameter"] == "lr"].set_index("number")
     assert sorted(lr.index) == [*range(11), 13]  # those with a value
-    assert (lr.loc[4, "setting"], lr.loc[4, "state"], lr.loc[4, "mark"]) == (1e-4, "pruned", 1_000)
+    assert (lr.loc[4, "setting"], lr.loc[4, "state"], lr.loc[4, "mark"]) == (
+        1.5e-4,
+        "pruned",
+        1_000,
+    )
     margin = tidy[tidy["parameter"] == "margin"]
     assert sorted(margin["number"]) == [1, 4, 7, 10, 13]
 

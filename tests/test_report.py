@@ -143,7 +143,7 @@ def test_several_sweeps_are_compared(recorded, tmp_path):
     other = dataclasses.replace(recorded, info={**recorded.info, "name": "other"})
     markup = Markup(write_report([recorded, other], tmp_path).read_text("utf-8"))
     assert "Comparison" in markup.text
-    assert markup.text.count("Failed trials") == 2
+    assert markup.text.count("Configuration and versions") == 2
     figures = markup.figures()
     assert len(figures) == 2 * 10 + 2
     names = {trace["name"] for trace in figures["all-images"]["data"]}

@@ -1,0 +1,53 @@
+"""Where a result comes from: versions, commit, and a digest of the data."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.datasets import DataSplits
+
+VERSIONED = ("contrasweep", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy")
+
+
+def describe_data(data: DataSplits) -> dict[str, Any]:
+    """Sizes of the splits, and a digest of all labels and a sample of the images."""
+    digest = hashlib.sha256()
+    for split in (data.train, data.val, data.test):
+        digest.update(split.labels.tobytes())
+        digest.update(split.images[:: max(1, len(split.images) // 64)].tobytes())
+    return {
+        "name": data.name,
+        "train": len(data.train.labels),
+        "val": len(data.val.labels),
+        "test": len(data.test.labels),
+        "classes": len(data.classes),
+        "skipped": len(data.skipped),
+        "digest": digest.hexdigest()[:32],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this source tree, with `-dirty` after it if it was changed; None outside."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+               "--abbrev=40", "--exclude=*"]  # fmt: skip
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,0 +1,179 @@
+"""Whole sweeps on real Ray: killed, interrupted, failing, extended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from search.asha import Asha
+from search.journal import FINAL_STATES, SweepState, load_state
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+SWEEP = ["sweep", "--trials", "8", "--epochs", "16", "--grace", "4", "--report-every", "2",
+         "--train-limit", "600", "--set", "batch_size=64", "--name", "s", "--json"]  # fmt: skip
+
+
+def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from search.cli import main; main()", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any], str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    return (json.loads(out) if out.strip() else {}), err
+
+
+def wait_for(sweep: Path, ready: Callable[[SweepState], bool], process: Any) -> None:
+    journal = sweep / "events.jsonl"
+    for _ in range(3000):
+        if journal.exists() and journal.read_bytes().count(b"\n") and ready(load_state(journal)):
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    raise AssertionError("the sweep did not get there")
+
+
+def in_mid_sweep(state: SweepState) -> bool:
+    """At least two trials finished, at least one unfinished with a report."""
+    ended = sum(trial.state is not None for trial in state.trials.values())
+    return ended >= 2 and any(trial.reports for trial in state.unfinished())
+
+
+def check_whole(out: Path, planned: int) -> SweepState:
+    state = load_state(out / "s" / "events.jsonl")
+    assert sorted(state.trials) == list(range(planned))
+    assert all(trial.state in FINAL_STATES for trial in state.trials.values())
+    marks = Counter((report["number"], report["mark"]) for report in state.reports)
+    assert set(marks.values()) == {1}
+    asha = Asha(state.header["rungs"])
+    for report in state.reports:
+        value = report["metrics"]["knn_top1"]
+        assert asha.report(report["number"], report["mark"], value).to_json() == report["decision"]
+
+    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("contrasweep")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    kinds = Counter(run.data.tags["contrasweep.kind"] for run in runs)
+    assert kinds == {"sweep": 1, "trial": planned}
+    for run in runs:
+        if run.data.tags["contrasweep.kind"] == "trial":
+            trial = state.trials[int(run.data.tags["contrasweep.number"])]
+            assert run.data.tags["contrasweep.state"] == trial.state
+            history = client.get_metric_history(run.info.run_id, "knn_top1")
+            assert [point.step for point in history] == [
+                report["samples_seen"] for report in trial.reports.values()
+            ]
+    return state
+
+
+def test_killed_twice_and_resumed_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    process = start(tmp_path, *SWEEP)
+    for kill in range(2):
+        ended = kill + 2
+        wait_for(
+            runs / "s",
+            lambda state, ended=ended: (  # type: ignore[misc]
+                in_mid_sweep(state)
+                and sum(t.state is not None for t in state.trials.values()) >= ended
+            ),
+            process,
+        )
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process = start(tmp_path, "resume", "runs/s", "--json")
+    told, _ = finish(process)
+    assert told["state"] == "finished"
+    check_whole(runs, 8)
+
+    extended, _ = finish(start(tmp_path, "resume", "runs/s", "--trials", "2", "--json"))
+    assert sum(extended["trials"].values()) == 10
+    check_whole(runs, 10)
+
+
+def test_ctrl_c_drains_and_says_how_to_go_on(tmp_path: Path) -> None:
+    process = start(tmp_path, *SWEEP[:-1])
+    wait_for(tmp_path / "runs" / "s", in_mid_sweep, process)
+    _, message = finish(start(tmp_path, "resume", "runs/s"), code=2)
+    assert "another process runs" in message
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "contrasweep resume" in out
+    state = load_state(tmp_path / "runs" / "s" / "events.jsonl")
+    assert state.ended is not None
+    assert state.ended["state"] == "interrupted"
+    for trial in state.unfinished():
+        assert trial.checkpoint_mark == max(trial.reports, default=0)
+    told, _ = finish(start(tmp_path, "resume", "runs/s", "--json"))
+    assert told["state"] == "finished"
+    check_whole(tmp_path / "runs", 8)
+
+
+SPACE = """
+import os
+def space(trial):
+    lr = trial.suggest_float("lr", 1e-4, 1e-3)
+    kind = trial.suggest_categorical("kind", ["diverges", "dies", "fails", "fine"])
+    fields = {"lr": lr, "batch_size": 64, "encoder": "conv_small"}
+    if kind == "diverges":
+        fields |= {"optimizer": "sgd", "lr": 100.0, "schedule": "cosine", "warmup": 0.0}
+    return fields
+"""
+
+
+def test_failing_trials_are_told_apart_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SPACE)
+    told, _ = finish(
+        start(
+            tmp_path, "sweep", "--space", "mine.py:space", "--trials", "6", "--epochs", "2",
+            "--train-limit", "200", "--scheduler", "none", "--sampler", "random", "--name", "s",
+            "--no-default-trial", "--json",
+        )
+    )  # fmt: skip
+    assert told["state"] == "finished"
+    state = load_state(tmp_path / "runs" / "s" / "events.jsonl")
+    for trial in state.trials.values():
+        expected = "diverged" if trial.params["kind"] == "diverges" else "completed"
+        assert trial.state == expected, trial.reason
+    assert "diverged" in told["trials"]
+    diverged = next(t for t in state.trials.values() if t.state == "diverged")
+    log = (tmp_path / "runs" / "s" / "trials" / str(diverged.number) / "log.txt").read_text()
+    assert diverged.reason in log
+    # the copy of the space is there, and a changed space is refused
+    assert (tmp_path / "runs" / "s" / "space.py").read_text() == SPACE
+    (tmp_path / "mine.py").write_text(SPACE.replace("1e-3", "1e-2"))
+    _, message = finish(start(tmp_path, "resume", "runs/s", "--trials", "1"), code=2)
+    assert "has changed since the sweep began" in message
+
+
+def test_a_worker_that_is_killed_costs_no_trial(tmp_path: Path) -> None:
+    process = start(tmp_path, *SWEEP)
+    wait_for(tmp_path / "runs" / "s", lambda s: any(t.pid for t in s.unfinished()), process)
+    state = load_state(tmp_path / "runs" / "s" / "events.jsonl")
+    victim = next(t for t in state.unfinished() if t.pid)
+    assert victim.pid is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    told, _ = finish(process)
+    assert told["state"] == "finished"
+    assert set(told["trials"]) <= {"completed", "pruned"}
+    state = check_whole(tmp_path / "runs", 8)
+    assert sum(trial.deaths for trial in state.trials.values()) >= 1
