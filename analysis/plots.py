@@ -221,6 +221,7 @@ def rung_figure(frames: SweepFrames) -> go.Figure:
             insidetextanchor="middle",
             textfont={"color": "#ffffff"},
             textangle=0,
+            constraintext="none",
             hovertemplate="rung %{x} images<br>%{y} " + label + "<extra></extra>",
         )
     figure = finish(

@@ -30,6 +30,7 @@ WINNER_COLOUR = GREEN
 SERIES_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 
 HEIGHT = 380
+MAX_LOG_TICKS = 4
 MAX_ROBUST_SPAN = 4.0
 """A value further below the median than this many times the spread of the better half is not
 allowed to stretch the axis of the learning curves."""
@@ -148,14 +149,16 @@ def upper_range(
 
 
 def log_ticks(values: Sequence[float]) -> dict[str, Any]:
-    """Ticks at 1, 2 and 5 of each decade, or at the decades alone where they are many."""
+    """Ticks at 1, 2 and 5 of each decade, at 1 and 3, or at 1: what fits a narrow figure."""
     positive = [value for value in values if value > 0]
     if not positive:
         return {}
-    low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
-    span = math.log10(max(positive) / min(positive))
-    steps = (1, 2, 5) if span <= 1.6 else (1, 3) if span <= 3.2 else (1,)
-    ticks = [step * 10.0**decade for decade in range(low, high + 1) for step in steps]
-    pad = 1.0 + 0.1 * max(span, 0.5)
-    ticks = [t for t in ticks if min(positive) / pad**2 <= t <= max(positive) * pad**2]
+    least, most = min(positive) / 1.3, max(positive) * 1.3
+    decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    ticks: list[float] = []
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        ticks = [tick for tick in ticks if least <= tick <= most]
+        if len(ticks) <= MAX_LOG_TICKS:
+            break
     return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}

@@ -244,11 +244,12 @@ def report(
     """Write report/index.html and leaderboard.csv from MLflow, and print the leaderboard."""
     from search.run import Sweep
 
-    page, rows = _report([Sweep.open(directory) for directory in directories])
+    sweeps = [Sweep.open(directory) for directory in directories]
+    page, rows = _report(sweeps)
     if as_json:
         _print_json({"report": str(page), "leaderboard": rows})
     else:
-        _print_leaderboard(rows)
+        _print_leaderboard(rows, sweeps[0].config.objective)
         out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
@@ -327,7 +328,8 @@ def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
     if as_json:
         _print_json({**result.to_json(), "report": page and str(page)})
         return
-    _print_leaderboard(rows)
+    if rows:
+        _print_leaderboard(rows, result.objective)
     counts = ", ".join(f"{count} {name}" for name, count in result.trials.items())
     out_console.print(
         f"{counts}; {result.samples_seen:,} images in {result.wall_s:,.0f} s", highlight=False
@@ -411,18 +413,32 @@ def _print_known(known: dict[str, str], as_json: bool) -> None:
     out_console.print(table)
 
 
-def _print_leaderboard(rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
+def _print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
+    """The best trials, one a line; the default configuration is marked."""
+    from analysis.tables import LEADERBOARD_COLUMNS
+
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in rows[0]:
-        table.add_column(heading.removeprefix("param."), justify="right")
+    for heading in ("rank", "trial", "state", objective, "epochs"):
+        table.add_column(heading, justify="left" if heading == "state" else "right")
+    table.add_column("parameters", overflow="fold")
     for row in rows[:LEADERS]:
-        table.add_row(*(_cell(value) for value in row.values()))
+        params = [
+            f"{name} {_short(value)}"
+            for name, value in row.items()
+            if name not in LEADERBOARD_COLUMNS and value is not None
+        ]
+        table.add_row(
+            str(row["rank"]),
+            f"{row['number']}{' (default)' if row['is_default'] else ''}",
+            row["state"],
+            _short(row["objective"]),
+            _short(row["epochs"]),
+            "  ".join(params),
+        )
     out_console.print(table)
 
 
-def _cell(value: Any) -> str:
-    if value is None or value != value:
-        return ""
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -324,9 +324,9 @@ def test_features_are_float32_and_leave_training_as_it_was(data: DataSplits) -> 
     next(run), next(other)
     features = trainer.features(data.val.images)
     assert features.dtype == torch.float32
-    assert features.shape == (60, 128)
+    assert features.shape == (60, 192)
     assert torch.equal(features, trainer.features(torch.from_numpy(data.val.images.copy())))
-    probe = nn.Linear(128, 10)
+    probe = nn.Linear(192, 10)
     probe(features).sum().backward()  # inference tensors would refuse
     assert measures(next(run)) == measures(next(other))
 

@@ -42,8 +42,8 @@ CROP_TRIES = 10  # torchvision's
 CROP_LOG_ASPECT = math.log(4 / 3)
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.321), (0.211, -0.523, 0.311))
-CHUNK_BYTES = {"cpu": 3 << 17, "cuda": 1 << 28}  # of float32 views; CPU: 32 views of 32 px
-OUTSIDE = 1e9  # the coordinate of a pixel that no interpolation kernel may reach
+CHUNK_BYTES = {"cpu": 3 << 18, "cuda": 1 << 28}  # of float32 views; CPU: 64 views of 32 px
+FAR_AWAY = 1e9  # the coordinate of a pixel outside the box: no triangle reaches it
 
 
 @dataclass(frozen=True)
@@ -151,39 +151,44 @@ def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 # --- geometry --------------------------------------------------------------------------------
 
 
-def crop_matrices(
-    start_N: Tensor, length_N: Tensor, size: int, flip_N: Tensor | None = None
-) -> Tensor:
+def crop_matrices(start_N: Tensor, length_N: Tensor, size: int, flip_N: Tensor) -> Tensor:
     """Matrices [N,O,I] that resize `length` pixels from `start` on to `size` pixels.
 
     Antialiased bilinear (a triangle as wide as the shrinkage, cut off at the box and
-    normalised), which is what torchvision's `resized_crop(antialias=True)` computes. Rows are
-    in reverse order where `flip_N` is true.
+    normalised), which is what torchvision's `resized_crop(antialias=True)` computes. Where
+    `flip_N` is true the result is mirrored.
     """
-    device = start_N.device
-    position_S = torch.arange(size, device=device, dtype=torch.float32) + 0.5
-    scale_N1 = (length_N / size)[:, None]
+    length_N1 = length_N[:, None].float()
+    position_S = torch.arange(size, device=start_N.device, dtype=torch.float32) + 0.5
+    scale_N1 = length_N1 / size
     per_px_N1 = scale_N1.clamp(min=1).reciprocal()  # one over the triangle's half width
     centre_NO = position_S * scale_N1
-    if flip_N is not None:
-        centre_NO = torch.where(flip_N[:, None], length_N[:, None] - centre_NO, centre_NO)
+    centre_NO = torch.where(flip_N[:, None], length_N1 - centre_NO, centre_NO)
     source_NI = position_S - start_N[:, None]
-    inside_NI = (source_NI > 0) & (source_NI < length_N[:, None])
-    source_NI = source_NI.masked_fill(~inside_NI, OUTSIDE)
+    outside_NI = (source_NI < 0) | (source_NI > length_N1)
+    source_NI.masked_fill_(outside_NI, FAR_AWAY)
     distance_NOI = (source_NI * per_px_N1)[:, None, :] - (centre_NO * per_px_N1)[:, :, None]
     weights_NOI = distance_NOI.abs_().neg_().add_(1).clamp_(min=0)
     return weights_NOI.div_(weights_NOI.sum(dim=2, keepdim=True))
 
 
-def apply_crop(images_NCSS: Tensor, rows_NOI: Tensor, columns_NOI: Tensor) -> Tensor:
-    """Resize each float image [N,3,S,S] by its two matrices: rows @ image @ columns^T."""
-    count, channels, height, width = images_NCSS.shape
-    wide = torch.bmm(images_NCSS.reshape(count, channels * height, width), columns_NOI.mT)
-    wide = wide.view(count, channels, height, -1)
-    views = wide.new_empty(count, channels, rows_NOI.shape[1], wide.shape[3])
-    for channel in range(channels):  # a broadcast product would copy the matrices
-        views[:, channel] = torch.bmm(rows_NOI, wide[:, channel])
-    return views
+def crop_and_flip(
+    images_NCSS: Tensor, boxes_N4: Tensor, flip_N: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Cut the box out of each float image [N,3,S,S] and resize it to S x S, mirrored if `flip`.
+
+    No pixel outside the box has any weight, unlike with `grid_sample`.
+    """
+    count, channels, size, _ = images_NCSS.shape
+    top_N, left_N, height_N, width_N = boxes_N4.unbind(1)
+    rows_NOI, columns_NOI = crop_matrices(
+        torch.cat([top_N, left_N]),
+        torch.cat([height_N, width_N]),
+        size,
+        torch.cat([torch.zeros_like(flip_N), flip_N]),
+    ).chunk(2)
+    wide = torch.bmm(images_NCSS.reshape(count, channels * size, size), columns_NOI.mT)
+    return torch.matmul(rows_NOI[:, None], wide.view_as(images_NCSS), out=out)
 
 
 # --- colours, exact: in place on [N,3,P] in [0,1], torchvision's definitions --------------------
@@ -368,10 +373,13 @@ class TwoViews:
         self._chunk_bytes = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
 
     @torch.no_grad()
-    def __call__(self, images_BCSS: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, images_BCSS: Tensor, generator: torch.Generator, out: Tensor | None = None
+    ) -> Tensor:
         """uint8 [B,3,S,S] -> normalised float32 [2B,3,S,S]: all first views, then all second.
 
-        Deterministic for a given state of `generator`, which must be on the same device.
+        Deterministic for a given state of `generator`, which must be on the same device. `out`
+        is written to and returned if given; it must not be needed by a backward pass any more.
         """
         if images_BCSS.dtype != torch.uint8 or images_BCSS.ndim != 4:
             raise ValueError(
@@ -383,31 +391,37 @@ class TwoViews:
             raise ValueError(
                 f"images must be square with three channels, got {tuple(images_BCSS.shape)}"
             )
+        if generator.device.type != self.device.type:
+            raise ValueError(
+                f"the generator must be on {self.device} like the images, got {generator.device}"
+            )
         images_NCSS = torch.cat([images_BCSS, images_BCSS])
         parameters = sample_parameters(self.config, 2 * count, size, generator)
-        views_NCSS = torch.empty(images_NCSS.shape, device=images_NCSS.device)
+        if out is None:
+            out = torch.empty(images_NCSS.shape, device=self.device)
+        elif out.shape != images_NCSS.shape or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous of shape {tuple(images_NCSS.shape)}, "
+                f"got {tuple(out.shape)} with strides {out.stride()}"
+            )
         chunk = max(1, self._chunk_bytes // (4 * channels * size * size))
         with torch.autocast(self.device.type, enabled=False):  # bfloat16 would blur the crop
             for start in range(0, 2 * count, chunk):
                 part = slice(start, start + chunk)
-                views_NCSS[part] = self.augment(images_NCSS[part], parameters.rows(part))
-        return views_NCSS
+                self.augment(images_NCSS[part], parameters.rows(part), out[part])
+        return out
 
-    def augment(self, images_NCSS: Tensor, parameters: ViewParameters) -> Tensor:
-        """One normalised view of each uint8 image, as `parameters` say."""
-        size = images_NCSS.shape[-1]
-        top_N, left_N, height_N, width_N = parameters.boxes.unbind(1)
-        rows_NOI = crop_matrices(top_N, height_N, size)
-        columns_NOI = crop_matrices(left_N, width_N, size, parameters.flip)
+    def augment(self, images_NCSS: Tensor, parameters: ViewParameters, out: Tensor) -> None:
+        """Write one normalised view of each uint8 image to `out`, as `parameters` say."""
         images = images_NCSS.to(torch.float32).mul_(1 / 255)
-        views_NCP = apply_crop(images, rows_NOI, columns_NOI).flatten(2)
         if self.config.jitter == "linear":
-            views_NCP = self._colours_linear(views_NCP, parameters)
+            crops_NCSS = crop_and_flip(images, parameters.boxes, parameters.flip)
+            self._colours_linear(crops_NCSS.flatten(2), parameters, out.flatten(2))
         else:
-            views_NCP = self._colours_exact_(views_NCP, parameters)
-        return views_NCP.view_as(images_NCSS)
+            crop_and_flip(images, parameters.boxes, parameters.flip, out)
+            self._colours_exact_(out.flatten(2), parameters)
 
-    def _colours_exact_(self, views_NCP: Tensor, parameters: ViewParameters) -> Tensor:
+    def _colours_exact_(self, views_NCP: Tensor, parameters: ViewParameters) -> None:
         config = self.config
         for operation in parameters.order:
             if config.jitter_p * config.strength * getattr(config, operation) == 0:
@@ -422,13 +436,11 @@ class TwoViews:
                 adjust_hue_(views_NCP, parameters.hue)
         if config.grayscale_p > 0:
             blend_with_luma_(views_NCP, 1 - parameters.grayscale)
-        return _normalise_(views_NCP, self.mean, self.std)
+        _normalise_(views_NCP, self.mean, self.std)
 
-    def _colours_linear(self, views_NCP: Tensor, parameters: ViewParameters) -> Tensor:
-        matrix, offset = colour_matrices(parameters, views_NCP.mean(dim=2), self._constants)
-        matrix = matrix / self._std_C1
+    def _colours_linear(self, crops_NCP: Tensor, parameters: ViewParameters, out: Tensor) -> None:
+        matrix, offset = colour_matrices(parameters, crops_NCP.mean(dim=2), self._constants)
         offset = (offset - self._mean_C1) / self._std_C1
-        views_NCP = torch.baddbmm(offset, matrix, views_NCP)
+        torch.baddbmm(offset, matrix / self._std_C1, crops_NCP, out=out)
         for channel, (shift, scale) in enumerate(zip(self.mean, self.std, strict=True)):
-            views_NCP[:, channel].clamp_(-shift / scale, (1 - shift) / scale)
-        return views_NCP
+            out[:, channel].clamp_(-shift / scale, (1 - shift) / scale)

