@@ -33,8 +33,6 @@ FAILED_STATES = ("diverged", "oom", "error", "lost")
 STATES = ("completed", "pruned", UNFINISHED, *FAILED_STATES)
 
 RUNG_METRICS = ("rung_cutoff", "rung_competitors", "rung_stop")
-REPORT_METRICS = ("train_loss",)
-"""What the report's page reads beside the objective, the marks and the rungs' decisions."""
 
 TRIAL_COLUMNS = (
     *("number", "state", "reason", "is_default", "objective", "best_objective"),
@@ -107,8 +105,9 @@ def load_sweep(
     """Read a sweep by its name; of several with one name the newest, or the one of `sweep_id`.
 
     `metrics` limits the learning curves to these and the objective (None: every metric; about
-    a millisecond a trial and metric). Raises ValueError, in one line, for a store that cannot
-    be read and for a sweep that is not in it.
+    a millisecond a trial and metric); the report's page needs none beside the objective.
+    Raises ValueError, in one line, for a store that cannot be read and for a sweep that is not
+    in it.
     """
     shown = without_credentials(tracking_uri)
     client = connect(tracking_uri)

@@ -417,28 +417,25 @@ def _print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
     """The best trials, one a line; the default configuration is marked."""
     from analysis.tables import LEADERBOARD_COLUMNS
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("rank", "trial", "state", objective, "epochs"):
-        table.add_column(heading, justify="left" if heading == "state" else "right")
-    table.add_column("parameters", overflow="fold")
+    names = [name for name in rows[0] if name not in LEADERBOARD_COLUMNS]
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    for heading in ("trial", "state", objective, "epochs", *names):
+        align = "left" if heading == "state" else "right"
+        table.add_column(heading.replace("_", "\n"), justify=align, vertical="bottom")
     for row in rows[:LEADERS]:
-        params = [
-            f"{name} {_short(value)}"
-            for name, value in row.items()
-            if name not in LEADERBOARD_COLUMNS and value is not None
-        ]
         table.add_row(
-            str(row["rank"]),
-            f"{row['number']}{' (default)' if row['is_default'] else ''}",
+            f"{row['number']}{'*' if row['is_default'] else ''}",
             row["state"],
-            _short(row["objective"]),
-            _short(row["epochs"]),
-            "  ".join(params),
+            _short(row["objective"], 4),
+            _short(row["epochs"], 3),
+            *(_short(row[name], 2) for name in names),
         )
     out_console.print(table)
+    if any(row["is_default"] for row in rows[:LEADERS]):
+        out_console.print("* the default configuration", style="dim")
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, digits: int) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -328,7 +328,7 @@ class Recorder:
             start_time=_milliseconds(trial.suggested_at),
             run_name=f"trial {trial.number}",
             tags={
-                **{PREFIX + key: str(value)[:TAG_CHARS] for key, value in tags.items()},
+                **{PREFIX + key: str(value) for key, value in tags.items()},
                 "mlflow.parentRunId": parent,
             },
         )

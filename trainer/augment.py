@@ -41,7 +41,11 @@ COLOUR_ORDERS: tuple[tuple[ColourOp, ...], ...] = tuple(itertools.permutations(g
 CROP_TRIES = 10  # torchvision's
 CROP_LOG_ASPECT = math.log(4 / 3)
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
-RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.321), (0.211, -0.523, 0.311))
+RGB_TO_YIQ = (  # chroma rows sum to 0, so that a rotation keeps grays
+    (0.299, 0.587, 0.114),
+    (0.5959, -0.2746, -0.3213),
+    (0.2115, -0.5227, 0.3112),
+)
 CHUNK_BYTES = {"cpu": 3 << 18, "cuda": 1 << 28}  # of float32 views; CPU: 64 views of 32 px
 FAR_AWAY = 1e9  # the coordinate of a pixel outside the box: no triangle reaches it
 
