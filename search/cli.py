@@ -34,6 +34,8 @@ app = typer.Typer(
 out_console = Console()
 err_console = Console(stderr=True)
 LEADERS = 10
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 
 def main() -> NoReturn:
@@ -43,6 +45,8 @@ def main() -> NoReturn:
     except (ValueError, FileExistsError) as error:
         print(f"contrasweep: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     sys.exit(0)
 
 
@@ -151,6 +155,7 @@ def train(
     """Train one configuration, without Ray; with --from and --trial, one of a sweep's again."""
     from search.train import train as run_training
     from search.train import trial_to_repeat
+    from trainer.loop import Diverged
 
     if (repeat is None) != (trial is None):
         raise ValueError("--from and --trial go together: --from runs/NAME --trial 17")
@@ -183,9 +188,12 @@ def train(
             highlight=False,
         )
 
-    result = run_training(
-        config, data, folder.expanduser().resolve(), marks=marks, test=test, on_report=show
-    )
+    folder = folder.expanduser().resolve()
+    try:
+        result = run_training(config, data, folder, marks=marks, test=test, on_report=show)
+    except Diverged as error:
+        err_console.print(f"diverged: {error.reason}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
     if recorded is not None:
         result["recorded"] = recorded.last_report["metrics"] if recorded.last_report else {}
     if as_json:
@@ -327,6 +335,8 @@ def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
     page, rows = (None, []) if result.unrecorded else _report([finished])
     if as_json:
         _print_json({**result.to_json(), "report": page and str(page)})
+        if result.state != "finished":
+            raise typer.Exit(INTERRUPTED)
         return
     if rows:
         _print_leaderboard(rows, result.objective)
@@ -345,6 +355,7 @@ def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
         out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
     if result.state != "finished":
         out_console.print(f"go on with: contrasweep resume {result.dir}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
 
 
 def _report(sweeps: list[Sweep]) -> tuple[Path, list[dict[str, Any]]]:
@@ -420,8 +431,11 @@ def _print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
     names = [name for name in rows[0] if name not in LEADERBOARD_COLUMNS]
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
     for heading in ("trial", "state", objective, "epochs", *names):
-        align = "left" if heading == "state" else "right"
-        table.add_column(heading.replace("_", "\n"), justify=align, vertical="bottom")
+        table.add_column(
+            heading.replace("_", "\n"),
+            justify="left" if heading == "state" else "right",
+            vertical="bottom",
+        )
     for row in rows[:LEADERS]:
         table.add_row(
             f"{row['number']}{'*' if row['is_default'] else ''}",

@@ -27,7 +27,6 @@ def ray_cluster(config: SweepConfig) -> Iterator[Callable[[], int]]:
         TUNE_GLOBAL_CHECKPOINT_S="1000000",  # the journal is the state, not Tune's snapshots
         TUNE_RESULT_BUFFER_LENGTH="1",
         RAY_CHDIR_TO_TRIAL_DIR="0",
-        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
         RAY_AIR_NEW_OUTPUT="0",
     )
     import ray

@@ -325,7 +325,7 @@ def load_state(path: Path) -> SweepState:
         except (TypeError, ValueError) as error:
             raise JournalError(f"{path}, line {number}: {error}") from None
     if not state.header:
-        raise JournalError(f"{path} holds no sweep: its first line is missing")
+        raise JournalError(f"{path} is empty: the sweep never started; delete {path.parent}")
     return state
 
 

@@ -42,6 +42,8 @@ from search.tracking import (
     Recorder,
     check_tracking_uri,
     default_tracking_uri,
+    embedded_tracking_uri,
+    refuse_credentials,
     without_credentials,
 )
 from spaces import Space, load_space, run_space, with_fixed
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
 PREFLIGHT_DRAWS = 32
 SPACE_COPY = "space.py"
+EMBEDDED = "embedded"
 LOCK_NAME = ".lock"
 TRIALS = "trials"
 TUNE_LEFTOVERS = ("experiment_state-*.json", "search_gen_state-*.json", "tuner.pkl", ".validate*")
@@ -136,11 +139,14 @@ class Sweep:
             raise ValueError(f"{directory} is not a sweep's folder: it has no {FILE_NAME}")
         config = parse_sweep(read_sweep_yaml(directory / "sweep.yaml"))
         moved = {"name": directory.name, "out": str(directory.parent)}
-        return cls(config.model_copy(update=moved), **options)
+        sweep = cls(config.model_copy(update=moved), **options)
+        sweep.tracking_uri = _recorded_at(sweep, load_state(directory / FILE_NAME).header)
+        return sweep
 
     def run(self) -> SweepResult:
         """Start the sweep and see it through; a folder that exists is an error."""
         check_tracking_uri(self.tracking_uri)
+        refuse_credentials(self.config.tracking_uri)
         if self.dir.exists():
             raise ValueError(
                 f"the sweep {self.dir} exists; go on with 'contrasweep resume {self.dir}' or "
@@ -164,6 +170,7 @@ class Sweep:
                 git_commit=git_commit(),
                 driver_pid=os.getpid(),
                 node=socket.gethostname(),
+                tracking=self._tracking(),
             )
             return self._drive(plan, journal, slots)
 
@@ -177,6 +184,7 @@ class Sweep:
         with _locked(self.dir):
             state = load_state(self.dir / FILE_NAME)
             plan = self._preflight(state)
+            _check_checkpoints(state)
             await_dead_workers(state)
             with ray_cluster(self.config) as slots:
                 journal = Journal(self.dir / FILE_NAME)
@@ -184,6 +192,10 @@ class Sweep:
                 planned = journal.state.planned + trials
                 journal.append("resumed", trials=planned, slots=slots(), driver_pid=os.getpid())
                 return self._drive(plan, journal, slots)
+
+    def _tracking(self) -> str:
+        embedded = self.tracking_uri == embedded_tracking_uri(self.dir.parent)
+        return EMBEDDED if embedded else without_credentials(self.tracking_uri)
 
     def sweep_id(self) -> str:
         """The id under which MLflow knows this sweep, whatever its folder is called by now."""
@@ -416,6 +428,35 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _recorded_at(sweep: Sweep, header: dict[str, Any]) -> str:
+    """Where MLflow has this sweep; ValueError if the environment now points elsewhere."""
+    recorded = str(header["tracking"])
+    if recorded == EMBEDDED:
+        return embedded_tracking_uri(sweep.dir.parent)
+    if without_credentials(sweep.tracking_uri) != recorded:
+        raise ValueError(
+            f"this sweep is recorded at {recorded}, not at "
+            f"{without_credentials(sweep.tracking_uri)}; set MLFLOW_TRACKING_URI to the former"
+        )
+    return sweep.tracking_uri
+
+
+def _check_checkpoints(state: SweepState) -> None:
+    """ValueError for a checkpoint that an unfinished trial would go on from and cannot be read."""
+    from search.trainable import CHECKPOINT_FILE
+    from trainer.checkpoint import load_checkpoint
+
+    for trial in state.unfinished():
+        folder = Path(trial.checkpoint) if trial.checkpoint else None
+        if folder is not None and folder.exists():
+            try:
+                load_checkpoint(folder / CHECKPOINT_FILE)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; delete {folder} to train trial {trial.number} from its beginning"
+                ) from None
 
 
 def is_running(directory: Path) -> bool:

@@ -66,9 +66,23 @@ def check_tracking_uri(uri: str) -> None:
         )
 
 
+def embedded_tracking_uri(out: Path) -> str:
+    """The SQLite store of this folder of sweeps."""
+    return f"sqlite:///{out / 'mlflow.db'}"
+
+
 def default_tracking_uri(out: Path) -> str:
-    """MLFLOW_TRACKING_URI, else the embedded SQLite store of this folder of sweeps."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI, else the embedded store."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or embedded_tracking_uri(out)
+
+
+def refuse_credentials(uri: str | None) -> None:
+    """ValueError for a URI that carries some: what is given as an option is written down."""
+    if uri is not None and without_credentials(uri) != uri:
+        raise ValueError(
+            "a tracking URI with credentials would be written into the sweep's files; give it as "
+            "MLFLOW_TRACKING_URI, or its parts as MLFLOW_TRACKING_USERNAME and _PASSWORD"
+        )
 
 
 def without_credentials(uri: str) -> str:

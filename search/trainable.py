@@ -100,7 +100,9 @@ class ContrastiveTrainable(tune.Trainable):
         print(f"trial {self._segment['number']}, attempt {self._segment['attempt']}")
         print(config.model_dump_json())
         self._trainer = Trainer(config, self._data, marks=self._marks)
-        if checkpoint:
+        if checkpoint and not Path(checkpoint).exists():
+            print(f"{checkpoint} is gone: starts from the beginning")
+        elif checkpoint:
             print(f"continues from {checkpoint}")
             self._trainer.load_state_dict(load_checkpoint(Path(checkpoint) / CHECKPOINT_FILE).state)
         return self._trainer.run()

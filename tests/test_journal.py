@@ -111,7 +111,7 @@ def test_missing_and_empty_journals_are_errors(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="cannot read"):
         load_state(tmp_path / "events.jsonl")
     (tmp_path / "events.jsonl").touch()
-    with pytest.raises(JournalError, match="holds no sweep"):
+    with pytest.raises(JournalError, match="never started"):
         load_state(tmp_path / "events.jsonl")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, fields, replace
@@ -318,6 +319,16 @@ def test_report_is_plausible_and_finite(data: DataSplits) -> None:
     assert report.peak_mem_bytes > 50e6
     assert report.images_per_s > 0
     assert 0 < report.lr <= 1e-3
+
+
+def test_pauses_between_reports_are_not_counted(data: DataSplits) -> None:
+    started = time.perf_counter()
+    reports = []
+    for report in Trainer(tiny(report_every=200), data).run():
+        reports.append(report)
+        time.sleep(0.2)
+    elapsed_s = time.perf_counter() - started
+    assert 0 < reports[0].wall_s < reports[1].wall_s <= elapsed_s - 0.2 * len(reports)
 
 
 def test_features_are_float32_and_leave_training_as_it_was(data: DataSplits) -> None:

@@ -116,7 +116,7 @@ def test_ctrl_c_drains_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "another process runs" in message
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == 130, err
     assert "contrasweep resume" in out
     state = load_state(tmp_path / "runs" / "s" / "events.jsonl")
     assert state.ended is not None
@@ -132,10 +132,12 @@ SPACE = """
 import os
 def space(trial):
     lr = trial.suggest_float("lr", 1e-4, 1e-3)
-    kind = trial.suggest_categorical("kind", ["diverges", "dies", "fails", "fine"])
+    kind = trial.suggest_categorical("kind", ["diverges", "fails", "fine"])
     fields = {"lr": lr, "batch_size": 64, "encoder": "conv_small"}
     if kind == "diverges":
         fields |= {"optimizer": "sgd", "lr": 100.0, "schedule": "cosine", "warmup": 0.0}
+    if kind == "fails":
+        fields["device"] = "cuda:7"
     return fields
 """
 
@@ -144,17 +146,21 @@ def test_failing_trials_are_told_apart_and_the_sweep_goes_on(tmp_path: Path) -> 
     (tmp_path / "mine.py").write_text(SPACE)
     told, _ = finish(
         start(
-            tmp_path, "sweep", "--space", "mine.py:space", "--trials", "6", "--epochs", "2",
+            tmp_path, "sweep", "--space", "mine.py:space", "--trials", "8", "--epochs", "2",
             "--train-limit", "200", "--scheduler", "none", "--sampler", "random", "--name", "s",
             "--no-default-trial", "--json",
         )
     )  # fmt: skip
     assert told["state"] == "finished"
     state = load_state(tmp_path / "runs" / "s" / "events.jsonl")
+    ends = {"diverges": "diverged", "fails": "error", "fine": "completed"}
     for trial in state.trials.values():
-        expected = "diverged" if trial.params["kind"] == "diverges" else "completed"
-        assert trial.state == expected, trial.reason
-    assert "diverged" in told["trials"]
+        assert trial.state == ends[trial.params["kind"]], trial.reason
+    assert set(told["trials"]) == {"diverged", "error", "completed"}
+    failed = next(t for t in state.trials.values() if t.state == "error")
+    assert "cuda:7" in failed.reason
+    log = (tmp_path / "runs" / "s" / "trials" / str(failed.number) / "log.txt").read_text()
+    assert "Traceback" in log
     diverged = next(t for t in state.trials.values() if t.state == "diverged")
     log = (tmp_path / "runs" / "s" / "trials" / str(diverged.number) / "log.txt").read_text()
     assert diverged.reason in log

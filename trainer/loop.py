@@ -259,7 +259,7 @@ class Trainer:
         loss = self._loss(z0_BP, z1_BP, self.config)
 
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self.samples_seen += size
         return loss.detach()
