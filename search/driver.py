@@ -19,7 +19,7 @@ from search.asha import Asha, NoStopping, Scheduler
 from search.config import SweepConfig
 from search.journal import Journal, TrialState
 from search.study import Study, derived_seed
-from spaces import Space, default_params
+from spaces import Space
 
 MAX_DEATHS = 3
 REPORT = "report"
@@ -71,7 +71,7 @@ class Driver:
         config: SweepConfig,
         journal: Journal,
         space: Space,
-        defaults: Mapping[str, Any],
+        defaults: dict[str, Any] | None,
         clock: Callable[[], float] = time.time,
     ) -> Driver:
         """Rebuild study and rungs from the journal's lines, and finish what they decided."""
@@ -95,7 +95,7 @@ class Driver:
             study=study,
             scheduler=scheduler,
             total_images=header["total_images"],
-            defaults=default_params(space, defaults) if config.default_trial else None,
+            defaults=defaults,
             clock=clock,
         )
         for report in journal.state.reports:

@@ -8,27 +8,21 @@ anything is written.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
 import os
 import signal
 import socket
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import optuna
 from filelock import FileLock, Timeout
 
-from search.asha import rungs_for
 from search.cluster import await_dead_workers, gpus_per_trial, ray_cluster
 from search.config import (
-    DATA_FIELDS,
     SweepConfig,
     parse_sweep,
     read_sweep_yaml,
@@ -36,8 +30,8 @@ from search.config import (
 )
 from search.driver import Driver
 from search.journal import FILE_NAME, SCHEMA, Journal, SweepState, load_state
+from search.plan import SPACE_COPY, Plan, make_plan, make_plan_again, sha256
 from search.provenance import describe_data, git_commit, versions
-from search.study import SAMPLERS
 from search.tracking import (
     Recorder,
     check_tracking_uri,
@@ -46,14 +40,7 @@ from search.tracking import (
     refuse_credentials,
     without_credentials,
 )
-from spaces import Space, load_space, run_space, with_fixed
-from trainer.config import TrainConfig, parse_config
 
-if TYPE_CHECKING:
-    from trainer.datasets import DataSplits
-
-PREFLIGHT_DRAWS = 32
-SPACE_COPY = "space.py"
 EMBEDDED = "embedded"
 LOCK_NAME = ".lock"
 TRIALS = "trials"
@@ -95,20 +82,6 @@ class SweepResult:
         }
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What preflight found: all that a sweep needs, checked."""
-
-    config: SweepConfig
-    space: Space
-    defaults: dict[str, Any]
-    data: DataSplits
-    total_images: int
-    marks: tuple[int, ...]
-    rungs: tuple[int, ...]
-    space_file: Path | None
-
-
 class Sweep:
     """One sweep. ValueErrors are the user's input, in one line."""
 
@@ -127,8 +100,7 @@ class Sweep:
         self.config = config
         self.dir = Path(config.out) / str(config.name)
         self.tracking_uri = config.tracking_uri or default_tracking_uri(Path(config.out))
-        self._download = download
-        self._data_progress = data_progress
+        self._loading: dict[str, Any] = {"download": download, "progress": data_progress}
         self._on_step = on_step or (lambda state: None)
 
     @classmethod
@@ -152,7 +124,7 @@ class Sweep:
                 f"the sweep {self.dir} exists; go on with 'contrasweep resume {self.dir}' or "
                 "choose another --name"
             )
-        plan = self._preflight()
+        plan = make_plan(self.config, **self._loading)
         with ray_cluster(self.config) as slots, self._writing(plan) as journal:
             journal.append(
                 "sweep_started",
@@ -165,7 +137,7 @@ class Sweep:
                 rungs=plan.rungs,
                 slots=slots(),
                 data=describe_data(plan.data),
-                space_sha256=_sha256(plan.space_file),
+                space_sha256=sha256(plan.space_file),
                 versions=versions(),
                 git_commit=git_commit(),
                 driver_pid=os.getpid(),
@@ -183,7 +155,7 @@ class Sweep:
         check_tracking_uri(self.tracking_uri)
         with _locked(self.dir):
             state = load_state(self.dir / FILE_NAME)
-            plan = self._preflight(state)
+            plan = make_plan_again(self.config, state, self.dir, **self._loading)
             _check_checkpoints(state)
             await_dead_workers(state)
             with ray_cluster(self.config) as slots:
@@ -206,92 +178,10 @@ class Sweep:
         if not is_running(self.dir):
             Recorder(self.dir, self.tracking_uri).sync()
 
-    # ---- before anything is written
-
-    def _preflight(self, state: SweepState | None = None) -> _Plan:
-        from trainer.datasets import load_for
-        from trainer.loop import check_names, report_marks
-
-        config = self.config
-        source = self._load_space(state)
-        space = with_fixed(source, config.base_fields())
-        base = parse_config(config.base_fields())
-        check_names(base)
-        data = load_for(base, download=self._download, progress=self._data_progress)
-        train = len(data.train.labels)
-        self._check_draws(space, base, train)
-        total = round(config.epochs * train)
-        rungs: tuple[int, ...] = ()
-        if config.scheduler == "asha":
-            rungs = rungs_for(max(1, round(config.grace * train)), config.reduction, total)
-        every = max(1, round(config.report_every * train))
-        plan = _Plan(
-            config=config,
-            space=space,
-            defaults=base.model_dump(),
-            data=data,
-            total_images=total,
-            marks=report_marks(total, every, rungs),
-            rungs=rungs,
-            space_file=_space_file(source),
-        )
-        if state is not None and state.header["total_images"] != total:
-            raise ValueError(
-                f"the data set {data.name} has changed since the sweep began: it holds {train:,} "
-                f"training images, a full trial was {state.header['total_images']:,} images"
-            )
-        return plan
-
-    def _load_space(self, state: SweepState | None) -> Space:
-        ref = self.config.space
-        if state is None or state.header["space_sha256"] is None:
-            return load_space(ref)
-        path, _, function = ref.rpartition(":")
-        copy = self.dir / SPACE_COPY
-        if path.endswith(".py") and not Path(path).exists():
-            ref = f"{copy}:{function}"
-        space = load_space(ref)
-        if _sha256(_space_file(space)) != state.header["space_sha256"]:
-            raise ValueError(
-                f"the search space {ref} has changed since the sweep began; restore it from "
-                f"{copy} or start a new sweep"
-            )
-        return space
-
-    def _check_draws(self, space: Space, base: TrainConfig, train_images: int) -> None:
-        """Draw configurations at random, as the sweep will, and check each of them."""
-        from trainer.loop import check_names
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(sampler=SAMPLERS["random"](self.config.seed))
-        for _ in range(PREFLIGHT_DRAWS):
-            try:
-                fields = {**self.config.base_fields(), **run_space(space, study.ask())}
-            except ValueError:
-                raise
-            except Exception as error:  # the user's code: say where it broke
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                raise ValueError(
-                    f"the space {self.config.space} fails at {where.filename}:{where.lineno}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            drawn = parse_config(fields)
-            check_names(drawn)
-            if drawn.batch_size > train_images:
-                raise ValueError(
-                    f"batch_size must be at most the {train_images:,} images of the train split, "
-                    f"got {drawn.batch_size:,}; fix it with --set batch_size=N"
-                )
-            for name in DATA_FIELDS:
-                if getattr(drawn, name) != getattr(base, name):
-                    raise ValueError(
-                        f"a space must not vary {name}: all trials of a sweep share one data set"
-                    )
-
     # ---- the run
 
     @contextlib.contextmanager
-    def _writing(self, plan: _Plan) -> Iterator[Journal]:
+    def _writing(self, plan: Plan) -> Iterator[Journal]:
         """A new, locked folder with sweep.yaml, the copy of the space and an empty journal."""
         try:
             self.dir.mkdir(parents=True)
@@ -305,7 +195,7 @@ class Sweep:
                 write_atomically(self.dir / SPACE_COPY, text)
             yield Journal.create(self.dir / FILE_NAME)
 
-    def _drive(self, plan: _Plan, journal: Journal, slots: Callable[[], int]) -> SweepResult:
+    def _drive(self, plan: Plan, journal: Journal, slots: Callable[[], int]) -> SweepResult:
         driver = Driver.from_journal(plan.config, journal, plan.space, plan.defaults)
         recorder = Recorder(self.dir, self.tracking_uri)
         recorder.start()
@@ -353,7 +243,7 @@ class Sweep:
 
 
 def _fit(
-    sweep: Sweep, plan: _Plan, driver: Driver, slots: Callable[[], int], on_step: Callable[[], None]
+    sweep: Sweep, plan: Plan, driver: Driver, slots: Callable[[], int], on_step: Callable[[], None]
 ) -> None:
     """Run the driver's segments on Ray Tune until it says that there are no more."""
     from ray import tune
@@ -467,16 +357,3 @@ def is_running(directory: Path) -> bool:
             return False
     except Timeout:
         return True
-
-
-def _space_file(space: Space) -> Path | None:
-    """The file of a user's own space; None for a built-in one, whose version is the package's."""
-    function: Any = inspect.unwrap(space)
-    if function.__module__.partition(".")[0] == "spaces":
-        return None
-    source = inspect.getsourcefile(function)
-    return None if source is None else Path(source)
-
-
-def _sha256(path: Path | None) -> str | None:
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
