@@ -46,7 +46,7 @@ class SweepConfig(BaseModel):
         default_factory=dict, description="TrainConfig fields set by hand"
     )
 
-    trials: int = Field(16, ge=1, le=1_000_000, description="configurations to try")
+    trials: int = Field(32, ge=1, le=1_000_000, description="configurations to try")
     epochs: float = Field(12.0, gt=0, description="full resource of a trial")
     max_hours: float | None = Field(None, gt=0, description="wall time after which none is started")
     seed: int = Field(0, ge=0, lt=2**31, description="of suggestions and of every trial's seed")
