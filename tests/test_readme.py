@@ -1,0 +1,73 @@
+"""What the README says is true: its commands parse, its space works, its tree is the tree."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import optuna
+import pytest
+import typer
+
+from search.cli import app
+from spaces import load_space, run_space
+from trainer.config import parse_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """Every `contrasweep ...` line of the README's code blocks, continued lines joined."""
+    blocks = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+    shell = "\n".join(block for language, block in blocks if not language)
+    lines = shell.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("contrasweep ")]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) >= 12
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_of_the_readme_parses(line: str) -> None:
+    verb, *arguments = shlex.split(line, comments=True)[1:]
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    command = group.commands[verb]  # type: ignore[union-attr]
+    if "--help" not in arguments:
+        command.make_context(verb, arguments)
+
+
+def test_the_space_of_the_readme_gives_configurations(tmp_path: Path) -> None:
+    source = re.search(r"```python\n\s*(# my_space.py.*?)```", README, flags=re.DOTALL)
+    assert source is not None
+    text = "\n".join(line.removeprefix("  ") for line in source[1].splitlines())
+    (tmp_path / "my_space.py").write_text(text)
+    space = load_space(f"{tmp_path / 'my_space.py'}:warm")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(50):
+        parse_config(run_space(space, study.ask()))
+
+
+def test_the_tree_names_every_file() -> None:
+    tree = README.split("## The tree")[1]
+    for room in ("trainer", "spaces", "search", "analysis"):
+        for path in (ROOT / room).iterdir():
+            if path.suffix in (".py", ".j2") and path.name != "__init__.py":
+                assert path.name in tree, path
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = re.search(r"```python\n(from search.*?)```", README, flags=re.DOTALL)
+    assert source is not None
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    code = (
+        source[1]
+        .replace("trials=8, epochs=6", "trials=2, epochs=1")
+        .replace("epochs=5", "epochs=1")
+    )
+    exec(code, scope)
+    assert len(scope["frames"].trials) == 2  # type: ignore[attr-defined]
