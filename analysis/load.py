@@ -136,6 +136,9 @@ def load_sweep(
 def _find_parent(client: Any, uri: str, name: str, sweep_id: str | None) -> Any:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     parents = [] if experiment is None else search(client, [experiment.experiment_id], "sweep")
+    for parent in parents:  # whatever its folder is called by now
+        if sweep_id is not None and parent.data.tags.get(TAG + "sweep_id") == sweep_id:
+            return parent
     names = sorted({parent.data.tags.get(TAG + "sweep", "") for parent in parents})
     named = [parent for parent in parents if parent.data.tags.get(TAG + "sweep") == name]
     if not named:
@@ -143,9 +146,6 @@ def _find_parent(client: Any, uri: str, name: str, sweep_id: str | None) -> Any:
         raise ValueError(f"no sweep {name!r} in {uri}; {there}")
     if sweep_id is None:
         return named[-1]
-    for parent in named:
-        if parent.data.tags.get(TAG + "sweep_id") == sweep_id:
-            return parent
     ids = ", ".join(parent.data.tags.get(TAG + "sweep_id", "?") for parent in named)
     raise ValueError(f"no sweep {name!r} with id {sweep_id!r} in {uri}; ids of that name: {ids}")
 
@@ -218,15 +218,17 @@ Point = tuple[int, int, float]  # samples_seen, time in ms, value
 def _histories(
     client: Any, run: Any, objective: str, wanted: frozenset[str] | None
 ) -> dict[str, list[Point]]:
-    """Metric -> its points by time; a mark reported twice (after a restart) keeps the last."""
+    """Metric -> its points by time. Two marks within one batch share a step, not a time."""
     needed = {objective, "mark", *RUNG_METRICS}
     histories: dict[str, list[Point]] = {}
     for metric in sorted(run.data.metrics):
         if wanted is None or metric in wanted or metric in needed:
             points = client.get_metric_history(run.info.run_id, metric)
-            latest = {p.step: p for p in sorted(points, key=lambda p: (p.timestamp, p.step))}
             histories[metric] = sorted(
-                ((p.step, p.timestamp, _unclipped(p.value)) for p in latest.values()),
+                {
+                    (p.step, p.timestamp): (p.step, p.timestamp, _unclipped(p.value))
+                    for p in points
+                }.values(),
                 key=lambda point: (point[1], point[0]),
             )
     return histories
@@ -240,11 +242,13 @@ def _unclipped(value: float) -> float:
 def _curves_frame(histories: Mapping[int, Mapping[str, list[Point]]]) -> pd.DataFrame:
     rows = []
     for number, metrics in histories.items():
-        marks = {step: int(value) for step, _, value in metrics.get("mark", [])}
+        marks = {(step, t): int(value) for step, t, value in metrics.get("mark", [])}
         for metric, points in metrics.items():
             if metric == "mark" or metric in RUNG_METRICS:
                 continue
-            rows += [(number, metric, step, marks.get(step, step), v, t) for step, t, v in points]
+            rows += [
+                (number, metric, step, marks.get((step, t), step), v, t) for step, t, v in points
+            ]
     frame = pd.DataFrame(rows, columns=list(CURVE_COLUMNS)).astype(
         {"number": "int64", "samples_seen": "int64", "mark": "int64", "value": "float64"}
     )
@@ -258,17 +262,18 @@ def _decisions_frame(
     rows = []
     for number, metrics in histories.items():
         at = {
-            metric: {step: value for step, _, value in points} for metric, points in metrics.items()
+            metric: {(step, t): value for step, t, value in points}
+            for metric, points in metrics.items()
         }
-        for step, stop in at.get("rung_stop", {}).items():
+        for point, stop in at.get("rung_stop", {}).items():
             rows.append(
                 (
                     number,
-                    int(at.get("mark", {}).get(step, step)),
-                    step,
-                    at.get(info["objective"], {}).get(step, math.nan),
-                    at.get("rung_cutoff", {}).get(step, math.nan),
-                    at.get("rung_competitors", {}).get(step, math.nan),
+                    int(at.get("mark", {}).get(point, point[0])),
+                    point[0],
+                    at.get(info["objective"], {}).get(point, math.nan),
+                    at.get("rung_cutoff", {}).get(point, math.nan),
+                    at.get("rung_competitors", {}).get(point, math.nan),
                     bool(stop),
                 )
             )

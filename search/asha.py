@@ -31,6 +31,7 @@ class Decision:
     competitors: int = 0
 
     def to_json(self) -> dict[str, Any]:
+        """As the journal keeps it."""
         return asdict(self)
 
 
@@ -108,6 +109,7 @@ class NoStopping:
     rungs: Sequence[int] = ()
 
     def report(self, number: int, mark: int, value: float | None) -> Decision:
+        """Go on, whatever the value."""
         return GO_ON
 
 

@@ -8,17 +8,23 @@ Rooms are imported by the verb that needs them, so that `--help` is quick.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from search.config import SweepConfig, parse_sweep, read_sweep_yaml
+from search.console import (
+    err_console,
+    out_console,
+    print_json,
+    print_known,
+    print_leaderboard,
+    print_result,
+)
 from trainer.config import TrainConfig, parse_config
 
 if TYPE_CHECKING:
@@ -31,9 +37,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distributed hyperparameter search for contrastive image pre-training.",
 )
-out_console = Console()
-err_console = Console(stderr=True)
-LEADERS = 10
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -61,6 +64,10 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Set a field of the trainer; repeatable."),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Of decoded folders. (default: the user's cache folder)", show_default=False),
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch the data set if it is missing.")]
 DataDir = Annotated[str | None, _sweep_option("data_dir", "--data-dir")]
@@ -91,6 +98,7 @@ def sweep(
     val_limit: ValLimit = None,
     data_dir: DataDir = None,
     download: Download = False,
+    cache_dir: CacheDir = None,
     seed: Annotated[int | None, _sweep_option("seed", "--seed")] = None,
     default_trial: Annotated[
         bool | None, _sweep_option("default_trial", "--default-trial/--no-default-trial")
@@ -107,13 +115,16 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Search: try many configurations, stop the weak ones early, report."""
+    from search.run import Sweep
+
     given = {field: value for field, value in locals().items() if field in SweepConfig.model_fields}
     fields = read_sweep_yaml(config) if config else {}
     fields |= {field: value for field, value in given.items() if value is not None}
     if config and name is None:
         fields.pop("name", None)  # a sweep.yaml names the sweep that wrote it
-    fields["fixed"] = {**fields.get("fixed", {}), **_parse_settings(settings)}
-    _carry_out(parse_sweep(fields), as_json=as_json, download=download)
+    fields["fixed"] = {**(fields.get("fixed") or {}), **_parse_settings(settings)}
+    plan = parse_sweep(fields)
+    _carry_out(lambda **more: Sweep(plan, **more), Sweep.run, as_json, download, cache_dir)
 
 
 @app.command()
@@ -121,13 +132,16 @@ def resume(
     directory: SweepDir,
     trials: Annotated[int, typer.Option(min=0, help="Trials beyond those planned.")] = 0,
     download: Download = False,
+    cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
     """Go on with a sweep that was interrupted, or extend a finished one."""
     from search.run import Sweep
 
-    config = Sweep.open(directory).config
-    _carry_out(config, as_json=as_json, download=download, resume_dir=directory, more=trials)
+    def go_on(sweep: Sweep) -> SweepResult:
+        return sweep.resume(trials)
+
+    _carry_out(lambda **more: Sweep.open(directory, **more), go_on, as_json, download, cache_dir)
 
 
 @app.command()
@@ -143,6 +157,7 @@ def train(
     val_limit: ValLimit = None,
     data_dir: DataDir = None,
     download: Download = False,
+    cache_dir: CacheDir = None,
     test: Annotated[
         bool, typer.Option("--test", help="Use the test split once, at the end.")
     ] = False,
@@ -177,7 +192,7 @@ def train(
         config, marks, recorded = source.config, source.marks, source.recorded
     else:
         config = parse_config(fields)
-    data = _load_data(config, download)
+    data = _load_data(config, download, cache_dir)
     folder = out or Path("runs") / f"train-{time.strftime('%Y%m%d-%H%M%S')}"
 
     def show(report: Any, total: int) -> None:
@@ -185,25 +200,24 @@ def train(
             f"{report.samples_seen:>12,} of {total:,} images  loss {report.train_loss:.4f}  "
             f"kNN {report.knn_top1:.4f}  rank {report.rankme:.1f}  "
             f"{report.images_per_s:,.0f} images a second",
-            highlight=False,
         )
 
     folder = folder.expanduser().resolve()
     try:
         result = run_training(config, data, folder, marks=marks, test=test, on_report=show)
     except Diverged as error:
-        err_console.print(f"diverged: {error.reason}", highlight=False, soft_wrap=True)
+        err_console.print(f"diverged: {error.reason}", soft_wrap=True)
         raise typer.Exit(1) from None
     if recorded is not None:
         result["recorded"] = recorded.last_report["metrics"] if recorded.last_report else {}
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     for name, value in result["metrics"].items():
         was = result.get("recorded", {}).get(name)
         recorded_text = "" if was is None else f"   recorded {was:.6g}"
-        out_console.print(f"{name:>16}  {value:.6g}{recorded_text}", highlight=False)
-    out_console.print(f"written to {result['dir']}", highlight=False, soft_wrap=True)
+        out_console.print(f"{name:>16}  {value:.6g}{recorded_text}")
+    out_console.print(f"written to {result['dir']}", soft_wrap=True)
 
 
 @app.command()
@@ -232,7 +246,7 @@ def status(directory: SweepDir, as_json: Json = False) -> None:
         "wall_s": round(state.wall_s, 3),
     }
     if as_json:
-        _print_json(answer)
+        print_json(answer)
         return
     counts = ", ".join(f"{count} {name}" for name, count in state.counts().items()) or "none yet"
     out_console.print(f"{answer['name']}: {answer['state']}; of {state.planned} trials: {counts}")
@@ -255,10 +269,10 @@ def report(
     sweeps = [Sweep.open(directory) for directory in directories]
     page, rows = _report(sweeps)
     if as_json:
-        _print_json({"report": str(page), "leaderboard": rows})
+        print_json({"report": str(page), "leaderboard": rows})
     else:
-        _print_leaderboard(rows, sweeps[0].config.objective)
-        out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        print_leaderboard(rows, sweeps[0].config.objective)
+        out_console.print(f"report: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -266,7 +280,7 @@ def spaces(as_json: Json = False) -> None:
     """The search spaces there are."""
     from spaces import SPACES
 
-    _print_known({name: _first_line(space) for name, space in SPACES.items()}, as_json)
+    print_known({name: _first_line(space) for name, space in SPACES.items()}, as_json)
 
 
 @app.command()
@@ -274,7 +288,7 @@ def datasets(as_json: Json = False) -> None:
     """The sources of images there are."""
     from trainer.datasets import SOURCES
 
-    _print_known({name: source[0] for name, source in SOURCES.items()}, as_json)
+    print_known({name: source[0] for name, source in SOURCES.items()}, as_json)
 
 
 @app.command()
@@ -282,7 +296,7 @@ def encoders(as_json: Json = False) -> None:
     """The encoders there are."""
     from trainer.models import ENCODERS
 
-    _print_known({name: entry[0] for name, entry in ENCODERS.items()}, as_json)
+    print_known({name: entry[0] for name, entry in ENCODERS.items()}, as_json)
 
 
 @app.command()
@@ -290,71 +304,50 @@ def losses(as_json: Json = False) -> None:
     """The losses there are."""
     from trainer.losses import LOSSES
 
-    _print_known({name: _first_line(loss) for name, loss in LOSSES.items()}, as_json)
+    print_known({name: _first_line(loss) for name, loss in LOSSES.items()}, as_json)
 
 
 # ---- what the verbs share
 
 
 def _carry_out(
-    config: SweepConfig,
-    *,
+    make: Callable[..., Sweep],
+    act: Callable[[Sweep], SweepResult],
     as_json: bool,
     download: bool,
-    resume_dir: Path | None = None,
-    more: int = 0,
+    cache_dir: Path | None,
 ) -> None:
     """Run or resume a sweep under a display, then report on it."""
     from search.progress import DataProgress, SweepDisplay
-    from search.run import Sweep
 
     # Ray prints the news of its workers to standard output, which is for results alone
     with contextlib.redirect_stdout(sys.stderr), SweepDisplay(err_console) as display:
-        options: dict[str, Any] = {
-            "download": download,
-            "data_progress": DataProgress(err_console),
-            "on_step": display,
-        }
-        if resume_dir is None:
-            running = Sweep(config, **options)
-            result = running.run()
-        else:
-            running = Sweep.open(resume_dir, **options)
-            result = running.resume(more)
-    _conclude(running, result, as_json)
+        sweep = make(
+            download=download,
+            cache_dir=cache_dir,
+            data_progress=DataProgress(err_console),
+            on_step=display,
+        )
+        result = act(sweep)
+    _conclude(sweep, result, as_json)
 
 
 def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
-    if result.unrecorded:
-        err_console.print(
-            f"MLflow lacks a part of this sweep ({result.unrecorded}); it is uploaded by: "
-            f"contrasweep resume {result.dir}",
-            soft_wrap=True,
-            highlight=False,
-        )
     page, rows = (None, []) if result.unrecorded else _report([finished])
     if as_json:
-        _print_json({**result.to_json(), "report": page and str(page)})
-        if result.state != "finished":
-            raise typer.Exit(INTERRUPTED)
-        return
-    if rows:
-        _print_leaderboard(rows, result.objective)
-    counts = ", ".join(f"{count} {name}" for name, count in result.trials.items())
-    out_console.print(
-        f"{counts}; {result.samples_seen:,} images in {result.wall_s:,.0f} s", highlight=False
-    )
-    if result.best is not None:
-        out_console.print(
-            f"best: trial {result.best['trial']}, {result.objective} {result.best['value']:.4f}",
-            highlight=False,
+        print_json({**result.to_json(), "report": page and str(page)})
+    else:
+        print_result(result, rows)
+        if page is not None:
+            out_console.print(f"report: {page}", soft_wrap=True)
+    if result.unrecorded:
+        err_console.print(
+            f"MLflow lacks a part of this sweep ({result.unrecorded}); once the store answers, "
+            f"it is uploaded by: contrasweep report {result.dir}",
+            soft_wrap=True,
         )
-    if result.reason:
-        out_console.print(result.reason, highlight=False)
-    if page is not None:
-        out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
     if result.state != "finished":
-        out_console.print(f"go on with: contrasweep resume {result.dir}", soft_wrap=True)
+        err_console.print(f"go on with: contrasweep resume {result.dir}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
 
 
@@ -368,19 +361,27 @@ def _report(sweeps: list[Sweep]) -> tuple[Path, list[dict[str, Any]]]:
         frames.append(
             load_sweep(each.tracking_uri, str(each.config.name), sweep_id=each.sweep_id())
         )
-    page = write_report(frames, sweeps[0].dir / "report")
+    folder = sweeps[0].dir / "report"
+    if len(sweeps) > 1:  # a page of its own: the sweep's stays
+        folder /= "with-" + "-".join(each.dir.name for each in sweeps[1:])
+    page = write_report(frames, folder)
     return page, leaderboard_rows(frames[0])
 
 
-def _load_data(config: TrainConfig, download: bool) -> Any:
+def _load_data(config: TrainConfig, download: bool, cache_dir: Path | None) -> Any:
     from search.progress import DataProgress
     from trainer.datasets import load_for
     from trainer.loop import check_names
 
     check_names(config)
-    data = load_for(config, download=download, progress=DataProgress(err_console))
+    progress = DataProgress(err_console)
+    data = load_for(config, download=download, cache_dir=cache_dir, progress=progress)
     if data.skipped:
-        err_console.print(f"skipped {len(data.skipped)} corrupt images: {data.skipped[0]}, ...")
+        names = ", ".join(data.skipped[:5])
+        err_console.print(
+            f"skipped {len(data.skipped)} corrupt images: {names}, ...",
+            soft_wrap=True,
+        )
     return data
 
 
@@ -408,48 +409,3 @@ def _best(number: int, value: float | None, params: dict[str, Any]) -> dict[str,
 
 def _first_line(thing: object) -> str:
     return (thing.__doc__ or "").strip().partition("\n")[0]
-
-
-def _print_json(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer, allow_nan=False, default=str))
-
-
-def _print_known(known: dict[str, str], as_json: bool) -> None:
-    if as_json:
-        _print_json(known)
-        return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, text in known.items():
-        table.add_row(f"[bold]{name}[/bold]", text)
-    out_console.print(table)
-
-
-def _print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
-    """The best trials, one a line; the default configuration is marked."""
-    from analysis.tables import LEADERBOARD_COLUMNS
-
-    names = [name for name in rows[0] if name not in LEADERBOARD_COLUMNS]
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    for heading in ("trial", "state", objective, "epochs", *names):
-        table.add_column(
-            heading.replace("_", "\n"),
-            justify="left" if heading == "state" else "right",
-            vertical="bottom",
-        )
-    for row in rows[:LEADERS]:
-        table.add_row(
-            f"{row['number']}{'*' if row['is_default'] else ''}",
-            row["state"],
-            _short(row["objective"], 4),
-            _short(row["epochs"], 3),
-            *(_short(row[name], 2) for name in names),
-        )
-    out_console.print(table)
-    if any(row["is_default"] for row in rows[:LEADERS]):
-        out_console.print("* the default configuration", style="dim")
-
-
-def _short(value: Any, digits: int) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

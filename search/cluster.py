@@ -35,6 +35,11 @@ def ray_cluster(config: SweepConfig) -> Iterator[Callable[[], int]]:
         RAY_CHDIR_TO_TRIAL_DIR="0",
         RAY_AIR_NEW_OUTPUT="0",
     )
+    if (config.address or "").startswith("ray://"):
+        raise ValueError(
+            f"Ray Client addresses such as {config.address} are not supported; run the command on "
+            "a node of the cluster with --address auto"
+        )
     import ray
 
     ours = not ray.is_initialized()
@@ -42,13 +47,19 @@ def ray_cluster(config: SweepConfig) -> Iterator[Callable[[], int]]:
         os.environ.update(KEEP_FREED_MEMORY)
     if ours:
         local = {"include_dashboard": False} if config.address is None else {}
-        ray.init(
-            address=config.address or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=True,
-            **local,
-        )
+        try:
+            ray.init(
+                address=config.address or "local",
+                log_to_driver=False,
+                logging_level="ERROR",
+                configure_logging=True,
+                **local,
+            )
+        except (ConnectionError, SystemExit) as error:  # Ray ends the process where nobody answers
+            raise ValueError(
+                f"no Ray cluster answers at {config.address}; start one with 'ray start --head' "
+                f"or leave out --address ({' '.join(str(error).split())[:200]})"
+            ) from None
     try:
         _check_fits(config)
         yield Slots(config)
@@ -93,6 +104,7 @@ class Slots:
 
 
 def gpus_per_trial(config: SweepConfig) -> float:
+    """GPUs of one trial: as asked for, else a share of one where the cluster has any."""
     import ray
 
     if config.gpus_per_trial is not None:
@@ -105,10 +117,10 @@ def await_dead_workers(state: SweepState) -> None:
     here = socket.gethostname()
     pids = {t.pid for t in state.trials.values() if t.pid and t.node == here}
     give_up = time.monotonic() + DEAD_WORKERS_S
-    while any(_is_ray_worker(pid) for pid in pids):
+    while alive := sorted(pid for pid in pids if _is_ray_worker(pid)):
         if time.monotonic() > give_up:
             raise ValueError(
-                f"workers of an earlier driver still run (process ids {sorted(pids)}); end them"
+                f"workers of an earlier driver still run (process ids {alive}); end them"
             )
         time.sleep(0.2)
 

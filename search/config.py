@@ -19,21 +19,16 @@ OBJECTIVES = {
 loss function all move its scale, so its values cannot be compared between trials."""
 
 PROVENANCE = "provenance"
-DATA_FIELDS = (
-    "dataset",
-    "data_dir",
-    "image_size",
-    "train_limit",
-    "val_limit",
-    "split_seed",
-)
-"""`TrainConfig` fields that are the same for all trials, since they share one data set."""
+OWN_OPTIONS = ("dataset", "data_dir", "train_limit", "val_limit", "epochs", "report_every")
+"""`TrainConfig` fields that a sweep sets by options of its own."""
+SHARED_FIELDS = (*OWN_OPTIONS, "image_size", "split_seed")
+"""`TrainConfig` fields that are the same for all trials: they share one data set and its marks."""
 
 
 class SweepConfig(BaseModel):
     """What to search, on which data, for how long. Times are in epochs of the train split."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str | None = Field(None, description="folder under `out`; none: space and time of start")
     out: str = Field("runs", description="folder of sweeps")
@@ -102,8 +97,7 @@ class SweepConfig(BaseModel):
                 f"grace must be at most the {self.epochs:g} epochs of a full trial, got "
                 f"{self.grace:g}; lower --grace or use --scheduler none"
             )
-        owned = {**dict.fromkeys(("dataset", "data_dir", "train_limit", "val_limit")), "epochs": 1}
-        for field in owned:
+        for field in OWN_OPTIONS:
             if field in self.fixed:
                 option = "--" + field.replace("_", "-")
                 raise ValueError(f"{field} is an option of the sweep: use {option}, not --set")
@@ -111,6 +105,7 @@ class SweepConfig(BaseModel):
 
     @property
     def mode(self) -> str:
+        """The objective's direction, max or min."""
         return OBJECTIVES[self.objective][0]
 
     def base_fields(self) -> dict[str, Any]:
@@ -136,9 +131,13 @@ class SweepConfig(BaseModel):
         path, colon, function = self.space.rpartition(":")
         if colon and path.endswith(".py"):
             changes["space"] = f"{Path(path).expanduser().resolve()}:{function}"
+        relative = (self.tracking_uri or "").removeprefix("sqlite:///")
+        if relative != (self.tracking_uri or "") and not relative.startswith("/"):
+            changes["tracking_uri"] = f"sqlite:///{Path(relative).expanduser().resolve()}"
         return self.model_copy(update=changes)
 
     def to_yaml(self, provenance: dict[str, Any]) -> str:
+        """As sweep.yaml holds it, with versions and commit below."""
         document = {**self.model_dump(), PROVENANCE: provenance}
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 

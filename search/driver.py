@@ -20,8 +20,10 @@ from search.config import SweepConfig
 from search.journal import Journal, TrialState
 from search.study import Study, derived_seed
 from spaces import Space
+from trainer.config import parse_config
 
 MAX_DEATHS = 3
+MAX_REASON = 1000
 REPORT = "report"
 """`outcome` of an ordinary result; the others are the failing final states."""
 
@@ -60,6 +62,8 @@ class Driver:
     in_flight: set[int] = field(default_factory=set)
     draining: str | None = None
     """Why no new trial is started; running ones stop at their next report."""
+    worker_errors: dict[int, str] = field(default_factory=dict)
+    """Trial -> what Ray said of the death of its worker, until that is journaled."""
     spent: str | None = None
     """Which budget ran out before the planned trials did."""
     crash: BaseException | None = None
@@ -120,8 +124,10 @@ class Driver:
         for trial in state.unfinished():
             if trial.number not in self.in_flight:
                 return self._issue(trial)
-        if len(state.trials) < state.planned and not self._out_of_time():
-            return self._issue(self._suggest(len(state.trials)))
+        while len(state.trials) < state.planned and not self._out_of_time():
+            trial = self._suggest(len(state.trials))
+            if trial.state is None:
+                return self._issue(trial)
         return Next.WAIT if self.in_flight else Next.FINISHED
 
     def drain(self, reason: str) -> None:
@@ -145,6 +151,12 @@ class Driver:
             "seed": derived_seed(self.config.seed, number, "trial"),
             **suggestion.fields,
         }
+        failure = suggestion.failure
+        try:
+            fields = parse_config(fields).model_dump()
+        except ValueError as error:
+            failure = failure or str(error)
+            fields = self.config.base_fields()
         self.journal.append(
             "suggested",
             number=number,
@@ -154,7 +166,10 @@ class Driver:
             config=fields,
             default=is_default,
         )
-        return self.journal.state.trials[number]
+        trial = self.journal.state.trials[number]
+        if failure is not None:
+            self._finish(trial, "error", f"the space failed: {failure}"[:MAX_REASON])
+        return trial
 
     def _issue(self, trial: TrialState) -> Segment:
         attempt = trial.attempts + 1
@@ -211,10 +226,13 @@ class Driver:
         return last or bool(result["save_is_cheap"])
 
     def on_checkpoint(self, number: int, mark: int, path: str) -> None:
+        """Journal a saved checkpoint; `path` is relative to the sweep's folder if it lies there."""
         self.journal.append("checkpoint", number=number, mark=mark, path=path)
 
-    def on_segment_end(self, number: int, result: Mapping[str, Any] | None) -> None:
-        """A segment ended with its last result, or None when its worker or node died."""
+    def on_segment_end(
+        self, number: int, result: Mapping[str, Any] | None, reason: str = ""
+    ) -> None:
+        """A segment ended with its last result, or with None and a reason when its worker died."""
         self.in_flight.discard(number)
         trial = self.journal.state.trials[number]
         if trial.state is not None:
@@ -224,14 +242,14 @@ class Driver:
         elif self._nothing_left(trial) or (result is not None and self._at_end(trial)):
             self._finish(trial, *self._ending(trial))
         elif result is None:
-            self._died(trial)
+            self._died(trial, reason)
 
-    def _died(self, trial: TrialState) -> None:
-        self.journal.append("died", number=trial.number, attempt=trial.attempts)
+    def _died(self, trial: TrialState, reason: str) -> None:
+        self.journal.append("died", number=trial.number, attempt=trial.attempts, reason=reason)
         if trial.deaths > MAX_DEATHS and self._at_end(trial):
             self._finish(trial, "completed", "its last checkpoint could not be saved")
         elif trial.deaths > MAX_DEATHS:
-            self._finish(trial, "lost", f"its worker died {trial.deaths} times")
+            self._finish(trial, "lost", f"its worker died {trial.deaths} times: {reason}")
 
     def _at_end(self, trial: TrialState) -> bool:
         return self.total_images in trial.reports

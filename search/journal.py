@@ -56,10 +56,12 @@ class TrialState:
 
     @property
     def samples_seen(self) -> int:
+        """Images trained on, as of the last report."""
         return max((int(report["samples_seen"]) for report in self.reports.values()), default=0)
 
     @property
     def last_report(self) -> Event | None:
+        """The report at the highest mark."""
         return self.reports[max(self.reports)] if self.reports else None
 
     def stop_recorded(self) -> Event | None:
@@ -112,9 +114,11 @@ class SweepState:
 
     @property
     def samples_seen(self) -> int:
+        """Images that all trials together were trained on."""
         return sum(trial.samples_seen for trial in self.trials.values())
 
     def unfinished(self) -> list[TrialState]:
+        """Trials without a final state, in the order of their numbers."""
         return [trial for trial in self.trials.values() if trial.state is None]
 
     def counts(self) -> dict[str, int]:
@@ -126,19 +130,22 @@ class SweepState:
         return counts
 
     def best(self, metric: str, mode: str) -> TrialState | None:
-        """The best trial: a completed one if there is any, else the best seen so far.
+        """The best trial: of those that got furthest, the one with the best value.
 
-        Values of stopped trials belong to fewer images, so they win only where no trial
-        reached the full resource.
+        Values at fewer images are not comparable, so a completed trial comes before all others,
+        and without one the furthest mark decides first.
         """
         sign = 1.0 if mode == "max" else -1.0
         with_value = [t for t in self.trials.values() if t.value(metric) is not None]
         pool = [t for t in with_value if t.state == "completed"] or [
             t for t in with_value if t.state in (None, "pruned")
         ]
-        return max(
-            pool, key=lambda t: (sign * float(t.value(metric) or 0.0), -t.number), default=None
-        )
+
+        def rank(trial: TrialState) -> tuple[int, float, int]:
+            furthest = 0 if trial.state == "completed" else max(trial.reports)
+            return furthest, sign * float(trial.value(metric) or 0.0), -trial.number
+
+        return max(pool, key=rank, default=None)
 
 
 def _on_sweep_started(state: SweepState, event: Event) -> None:
@@ -270,6 +277,7 @@ class Journal:
 
     @property
     def failure(self) -> str | None:
+        """Why nothing can be written any more; None while all is well."""
         return self._failure
 
     def drop_torn_line(self) -> None:
@@ -335,7 +343,9 @@ def _write_all(handle: int, content: bytes) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: a metric that is one is recorded as null."""
+    """Plain JSON values: no NaN and no infinity (null instead), no numpy scalars."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

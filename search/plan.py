@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from search.asha import rungs_for
-from search.config import DATA_FIELDS, SweepConfig
+from search.config import SHARED_FIELDS, SweepConfig
 from search.journal import SweepState
+from search.provenance import describe_data
 from search.study import SAMPLERS
 from spaces import Space, default_params, load_space, run_space, with_fixed
 from trainer.config import TrainConfig, parse_config
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 DRAWS = 32
 SPACE_COPY = "space.py"
+MAY_CHANGE = ("name", "out", "max_hours", "gpus_per_trial", "address")
+"""Fields of sweep.yaml that may be edited between a sweep and its `resume`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def make_plan(
     config: SweepConfig,
     *,
     download: bool = False,
+    cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Load space and data and try the space out; a ValueError is the user's, in one line."""
@@ -57,12 +61,12 @@ def make_plan(
     space = with_fixed(source, config.base_fields())
     base = parse_config(config.base_fields())
     check_names(base)
-    data = load_for(base, download=download, progress=progress)
+    data = load_for(base, download=download, cache_dir=cache_dir, progress=progress)
     train = len(data.train.labels)
     with _blaming_the_space(config.space):
         defaults = default_params(space, base.model_dump()) if config.default_trial else None
     _check_draws(config, space, base, defaults, train)
-    total = round(config.epochs * train)
+    total = base.total_images(train)
     rungs: tuple[int, ...] = ()
     if config.scheduler == "asha":
         rungs = rungs_for(max(1, round(config.grace * train)), config.reduction, total)
@@ -79,7 +83,10 @@ def make_plan(
 
 
 def make_plan_again(config: SweepConfig, state: SweepState, sweep_dir: Path, **more: Any) -> Plan:
-    """`make_plan` for a sweep that goes on: refused if its space or its data have changed."""
+    """`make_plan` for a sweep that goes on, with the space, data and checkpoints it had.
+
+    A ValueError says which of them has changed or cannot be read.
+    """
     path, _, function = config.space.rpartition(":")
     copy = sweep_dir / SPACE_COPY
     if path.endswith(".py") and not Path(path).exists():
@@ -91,25 +98,56 @@ def make_plan_again(config: SweepConfig, state: SweepState, sweep_dir: Path, **m
             f"{copy} or start a new sweep"
         )
     plan = make_plan(config, **more)
-    total = state.header["total_images"]
-    if plan.total_images != total:
+    _check_checkpoints(sweep_dir, state)
+    if describe_data(plan.data)["digest"] != state.header["data"]["digest"]:
         raise ValueError(
-            f"the data set {plan.data.name} has changed since the sweep began: a full trial is "
-            f"now {plan.total_images:,} images, not {total:,}; restore it or start a new sweep"
+            f"the data set {plan.data.name} has changed since the sweep began: it is now "
+            f"{len(plan.data.train):,} training images; restore it or start a new sweep"
         )
     return plan
+
+
+def check_unchanged(config: SweepConfig, journaled: SweepConfig) -> None:
+    """ValueError if sweep.yaml was edited in a field on which recorded decisions rest."""
+    for name in SweepConfig.model_fields:
+        found, recorded = getattr(config, name), getattr(journaled, name)
+        if name not in MAY_CHANGE and found != recorded:
+            raise ValueError(
+                f"{name} in sweep.yaml is {found!r}, but the sweep began with {recorded!r}; "
+                "restore it or start a new sweep"
+            )
+
+
+def _check_checkpoints(sweep_dir: Path, state: SweepState) -> None:
+    """ValueError for a checkpoint that an unfinished trial would go on from and cannot be read."""
+    from search.trainable import CHECKPOINT_FILE
+    from trainer.checkpoint import load_checkpoint
+
+    for trial in state.unfinished():
+        folder = sweep_dir / trial.checkpoint if trial.checkpoint else None
+        if folder is not None and folder.exists():
+            try:
+                load_checkpoint(folder / CHECKPOINT_FILE)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; delete {folder} to train trial {trial.number} from its beginning"
+                ) from None
 
 
 def space_file(space: Space) -> Path | None:
     """The file of a user's own space; None for a built-in one, whose version is the package's."""
     function: Any = inspect.unwrap(space)
-    if function.__module__.partition(".")[0] == "spaces":
+    if getattr(function, "__module__", "").partition(".")[0] == "spaces":
         return None
-    source = inspect.getsourcefile(function)
+    try:
+        source = inspect.getsourcefile(function)
+    except TypeError:  # a callable object: look for the file of its class
+        source = inspect.getsourcefile(type(function))
     return None if source is None else Path(source)
 
 
 def sha256(path: Path | None) -> str | None:
+    """Of a file's bytes; None for no file."""
     return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -156,8 +194,6 @@ def _check_configuration(drawn: TrainConfig, base: TrainConfig, train_images: in
             f"batch_size must be at most the {train_images:,} images of the train split, "
             f"got {drawn.batch_size:,}; fix it with --set batch_size=N"
         )
-    for name in DATA_FIELDS:
+    for name in SHARED_FIELDS:
         if getattr(drawn, name) != getattr(base, name):
-            raise ValueError(
-                f"a space must not vary {name}: all trials of a sweep share one data set"
-            )
+            raise ValueError(f"a space must not set {name}: it is the same for the whole sweep")

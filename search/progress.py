@@ -18,9 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from search.journal import FINAL_STATES, SweepState, TrialState
+from trainer.config import TrainConfig
 
 REFRESH_S = 0.5
 SHOWN_TRIALS = 12
+DEFAULT_WARMUP = TrainConfig.model_fields["warmup"].default
 STYLES = {"completed": "green", "pruned": "yellow", "unfinished": "cyan"}
 SYMBOLS = {"completed": "✓", "pruned": "✂", "unfinished": "…"}
 
@@ -59,6 +61,7 @@ class SweepDisplay:
         self._shown_at = -float("inf")
         self._told: set[int] = set()
         self._announced = False
+        self._said_hello = False
 
     def __enter__(self) -> SweepDisplay:
         return self
@@ -74,6 +77,8 @@ class SweepDisplay:
 
     def __call__(self, state: SweepState) -> None:
         """Show `state`: at most twice a second on a terminal, each finished trial elsewhere."""
+        if not self._announced:
+            self._announce(state)
         if self._live is None:
             self._say(state)
         elif self._clock() - self._shown_at >= REFRESH_S or state.ended:
@@ -81,10 +86,27 @@ class SweepDisplay:
             self._live.start()
             self._live.update(self._table(state), refresh=True)
 
+    def _announce(self, state: SweepState) -> None:
+        """What is worth knowing before the first trial ends."""
+        self._announced = True
+        config, data = state.header["config"], state.header["data"]
+        notes = []
+        if data["skipped"]:
+            names = ", ".join(data["skipped_files"][:5])
+            notes.append(f"skipped {data['skipped']} corrupt images: {names}, ...")
+        warmup = config["epochs"] * config["fixed"].get("warmup", DEFAULT_WARMUP)
+        if config["scheduler"] == "asha" and config["grace"] < warmup:
+            notes.append(
+                f"grace ({config['grace']:g} epochs) ends within the learning rate's warm-up "
+                f"({warmup:g} epochs): values there say little; raise --grace"
+            )
+        for note in notes:
+            self._console.print(note, markup=False, highlight=False, soft_wrap=True)
+
     def _say(self, state: SweepState) -> None:
         config = state.header["config"]
-        if not self._announced:
-            self._announced = True
+        if not self._said_hello:
+            self._said_hello = True
             data = state.header["data"]
             self._console.print(
                 f"sweep {config['name']}: {state.planned} trials of up to "

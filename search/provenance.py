@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.datasets import DataSplits
 
+NAMED_FILES = 100
+"""Corrupt images that the journal names; all of them are counted."""
 VERSIONED = ("contrasweep", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy")
 
 
@@ -29,6 +31,7 @@ def describe_data(data: DataSplits) -> dict[str, Any]:
         "test": len(data.test.labels),
         "classes": len(data.classes),
         "skipped": len(data.skipped),
+        "skipped_files": list(data.skipped[:NAMED_FILES]),
         "digest": digest.hexdigest()[:32],
     }
 

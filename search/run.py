@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -29,14 +30,16 @@ from search.config import (
     write_atomically,
 )
 from search.driver import Driver
-from search.journal import FILE_NAME, SCHEMA, Journal, SweepState, load_state
-from search.plan import SPACE_COPY, Plan, make_plan, make_plan_again, sha256
+from search.journal import FILE_NAME, SCHEMA, Journal, JournalError, SweepState, load_state
+from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again, sha256
 from search.provenance import describe_data, git_commit, versions
-from search.tracking import (
-    Recorder,
+from search.tracking import Recorder
+from search.uris import (
     check_tracking_uri,
+    credentials_into_environment,
     default_tracking_uri,
     embedded_tracking_uri,
+    redacted,
     refuse_credentials,
     without_credentials,
 )
@@ -69,6 +72,7 @@ class SweepResult:
     """Why MLflow lacks a part of the journal; None: it has everything."""
 
     def to_json(self) -> dict[str, Any]:
+        """The object that --json prints."""
         return {
             "name": self.name,
             "dir": str(self.dir),
@@ -90,6 +94,7 @@ class Sweep:
         config: SweepConfig,
         *,
         download: bool = False,
+        cache_dir: Path | None = None,
         data_progress: DataProgress | None = None,
         on_step: OnStep | None = None,
     ) -> None:
@@ -99,8 +104,14 @@ class Sweep:
             config = config.model_copy(update={"name": f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"})
         self.config = config
         self.dir = Path(config.out) / str(config.name)
-        self.tracking_uri = config.tracking_uri or default_tracking_uri(Path(config.out))
-        self._loading: dict[str, Any] = {"download": download, "progress": data_progress}
+        self.tracking_uri = credentials_into_environment(
+            config.tracking_uri or default_tracking_uri(Path(config.out))
+        )
+        self._loading: dict[str, Any] = {
+            "download": download,
+            "cache_dir": cache_dir,
+            "progress": data_progress,
+        }
         self._on_step = on_step or (lambda state: None)
 
     @classmethod
@@ -109,10 +120,12 @@ class Sweep:
         directory = directory.expanduser().resolve()
         if not (directory / FILE_NAME).is_file():
             raise ValueError(f"{directory} is not a sweep's folder: it has no {FILE_NAME}")
+        header = load_state(directory / FILE_NAME).header
         config = parse_sweep(read_sweep_yaml(directory / "sweep.yaml"))
+        check_unchanged(config, parse_sweep(header["config"]))
         moved = {"name": directory.name, "out": str(directory.parent)}
         sweep = cls(config.model_copy(update=moved), **options)
-        sweep.tracking_uri = _recorded_at(sweep, load_state(directory / FILE_NAME).header)
+        sweep.tracking_uri = _recorded_at(sweep, header)
         return sweep
 
     def run(self) -> SweepResult:
@@ -156,7 +169,6 @@ class Sweep:
         with _locked(self.dir):
             state = load_state(self.dir / FILE_NAME)
             plan = make_plan_again(self.config, state, self.dir, **self._loading)
-            _check_checkpoints(state)
             await_dead_workers(state)
             with ray_cluster(self.config) as slots:
                 journal = Journal(self.dir / FILE_NAME)
@@ -174,9 +186,23 @@ class Sweep:
         return str(load_state(self.dir / FILE_NAME).header["sweep_id"])
 
     def record_rest(self) -> None:
-        """Upload what MLflow lacks of the journal; nothing while a driver does so itself."""
-        if not is_running(self.dir):
-            Recorder(self.dir, self.tracking_uri).sync()
+        """Upload what MLflow lacks of the journal; nothing while a driver does so itself.
+
+        A store that cannot be reached is a ValueError.
+        """
+        lock = FileLock(self.dir / LOCK_NAME)
+        try:
+            with lock.acquire(timeout=0):
+                Recorder(self.dir, self.tracking_uri).sync()
+        except Timeout:
+            return
+        except JournalError:
+            raise
+        except Exception as error:  # whatever a store raises
+            reason = redacted(" ".join(str(error).split())[:300], self.tracking_uri)
+            raise ValueError(
+                f"cannot record at {without_credentials(self.tracking_uri)}: {reason}"
+            ) from None
 
     # ---- the run
 
@@ -210,14 +236,17 @@ class Sweep:
                 journal.append("sweep_finished", state="interrupted", reason=reason)
             raise
         else:
-            complete = not journal.state.unfinished() and driver.draining is None
+            state = journal.state
+            done = not state.unfinished() and len(state.trials) >= state.planned
+            cut = driver.draining is not None and not done
             journal.append(
                 "sweep_finished",
-                state="finished" if complete else "interrupted",
-                reason=driver.draining or driver.spent or "",
+                state="interrupted" if cut else "finished",
+                reason=driver.spent or (driver.draining if cut else "") or "",
             )
         finally:
-            unrecorded = recorder.stop()
+            now = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+            unrecorded = recorder.stop(timeout_s=2.0 if now else 30.0)
         self._on_step(journal.state)
         return self._result(journal.state, unrecorded)
 
@@ -269,7 +298,7 @@ def _fit(
         run_config=tune.RunConfig(
             name=TRIALS,
             storage_path=str(sweep.dir),
-            callbacks=[SweepCallback(driver, on_step)],
+            callbacks=[SweepCallback(driver, sweep.dir, on_step)],
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
             verbose=0,
@@ -331,22 +360,6 @@ def _recorded_at(sweep: Sweep, header: dict[str, Any]) -> str:
             f"{without_credentials(sweep.tracking_uri)}; set MLFLOW_TRACKING_URI to the former"
         )
     return sweep.tracking_uri
-
-
-def _check_checkpoints(state: SweepState) -> None:
-    """ValueError for a checkpoint that an unfinished trial would go on from and cannot be read."""
-    from search.trainable import CHECKPOINT_FILE
-    from trainer.checkpoint import load_checkpoint
-
-    for trial in state.unfinished():
-        folder = Path(trial.checkpoint) if trial.checkpoint else None
-        if folder is not None and folder.exists():
-            try:
-                load_checkpoint(folder / CHECKPOINT_FILE)
-            except ValueError as error:
-                raise ValueError(
-                    f"{error}; delete {folder} to train trial {trial.number} from its beginning"
-                ) from None
 
 
 def is_running(directory: Path) -> bool:

@@ -8,6 +8,7 @@ then the stop, if that was the decision.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
@@ -31,6 +32,13 @@ class SweepScheduler(FIFOScheduler):
         stop = guarded(driver, lambda: driver.on_result(unflattened(result)), True)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Keep the reason: the searcher's hook, which comes next, is not told it."""
+        assert self._driver is not None
+        text = str(trial.get_error() or "unknown").strip()
+        self._driver.worker_errors[int(trial.config["number"])] = text.splitlines()[-1][:500]
+        super().on_trial_error(tune_controller, trial)
+
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
@@ -38,8 +46,9 @@ class SweepScheduler(FIFOScheduler):
 class SweepCallback(Callback):
     """Asks for checkpoints, journals them, and shows progress after each step of Tune's loop."""
 
-    def __init__(self, driver: Driver, on_step: Callable[[], None]) -> None:
+    def __init__(self, driver: Driver, sweep_dir: Path, on_step: Callable[[], None]) -> None:
         self._driver: Driver | None = driver
+        self._sweep_dir = sweep_dir
         self._on_step = on_step
         self._marks: dict[str, int] = {}
 
@@ -58,8 +67,10 @@ class SweepCallback(Callback):
     ) -> None:
         assert self._driver is not None
         driver, number = self._driver, int(trial.config["number"])
-        mark = self._marks[trial.trial_id]
-        guarded(driver, lambda: driver.on_checkpoint(number, mark, checkpoint.path), None)
+        mark, path = self._marks[trial.trial_id], Path(checkpoint.path)
+        if path.is_relative_to(self._sweep_dir):  # so that the folder may be moved
+            path = path.relative_to(self._sweep_dir)
+        guarded(driver, lambda: driver.on_checkpoint(number, mark, str(path)), None)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._on_step()

@@ -72,7 +72,8 @@ class SweepSearcher(Searcher):
             driver.in_flight.discard(number)  # it never ran: handed out again
             return
         last = unflattened(result) if result is not None and not error else None
-        guarded(driver, lambda: driver.on_segment_end(number, last), None)
+        reason = driver.worker_errors.pop(number, "")
+        guarded(driver, lambda: driver.on_segment_end(number, last, reason), None)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal is the searcher's state."""

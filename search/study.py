@@ -17,6 +17,7 @@ import copy
 import hashlib
 import json
 import math
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Suggestion:
     system_attrs: dict[str, Any]
     fields: dict[str, Any]
     """The space's `TrainConfig` fields."""
+    failure: str | None = None
+    """What the space raised instead of returning fields, and where."""
 
 
 def derived_seed(sweep_seed: int, number: int, use: str) -> int:
@@ -92,7 +95,12 @@ class Study:
         self._study.sampler = self._make_sampler(derived_seed(self._seed, number, "sampler"))
         trial = self._study.ask()
         assert trial.number == number, (trial.number, number)
-        fields = run_space(self._space, trial)
+        fields, failure = {}, None
+        try:
+            fields = run_space(self._space, trial)
+        except Exception as error:  # the user's code: this trial fails, the sweep goes on
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            failure = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
         frozen = self._frozen(number)
         return Suggestion(
             number=number,
@@ -100,6 +108,7 @@ class Study:
             distributions={k: distribution_to_json(d) for k, d in frozen.distributions.items()},
             system_attrs=json.loads(json.dumps(frozen.system_attrs)),
             fields=fields,
+            failure=failure,
         )
 
     def report(self, number: int, mark: int, value: float | None) -> None:

@@ -34,13 +34,14 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from search.journal import FILE_NAME, Event, SweepState, TrialState, read_events_from
+from search.uris import redacted
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -49,48 +50,10 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "contrasweep"
 PREFIX = "contrasweep."
-SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 BATCH_METRICS, BATCH_PARAMS, PARAM_CHARS, TAG_CHARS = 1000, 100, 6000, 5000
 """Limits of MLflow's log_batch."""
 POLL_S = 1.0
 STATUS = {"completed": "FINISHED", "pruned": "KILLED"}
-
-
-def check_tracking_uri(uri: str) -> None:
-    """ValueError for a URI whose scheme is not one of `SCHEMES`."""
-    scheme = urlsplit(uri).scheme.partition("+")[0]
-    if scheme not in SCHEMES:
-        raise ValueError(
-            f"unsupported tracking URI scheme {scheme!r}; use one of {', '.join(SCHEMES)}, such "
-            "as http://127.0.0.1:5000 or sqlite:////path/mlflow.db"
-        )
-
-
-def embedded_tracking_uri(out: Path) -> str:
-    """The SQLite store of this folder of sweeps."""
-    return f"sqlite:///{out / 'mlflow.db'}"
-
-
-def default_tracking_uri(out: Path) -> str:
-    """MLFLOW_TRACKING_URI, else the embedded store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or embedded_tracking_uri(out)
-
-
-def refuse_credentials(uri: str | None) -> None:
-    """ValueError for a URI that carries some: what is given as an option is written down."""
-    if uri is not None and without_credentials(uri) != uri:
-        raise ValueError(
-            "a tracking URI with credentials would be written into the sweep's files; give it as "
-            "MLFLOW_TRACKING_URI, or its parts as MLFLOW_TRACKING_USERNAME and _PASSWORD"
-        )
-
-
-def without_credentials(uri: str) -> str:
-    """`uri` with user and password taken out, for records and screens."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 class Recorder:
@@ -113,40 +76,49 @@ class Recorder:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
+        self._deadline = float("inf")
+        self._given_up = False
 
     def start(self) -> None:
+        """Upload from now on, on a thread of its own."""
         self._thread = threading.Thread(target=self._run, name="mlflow-recorder", daemon=True)
         self._thread.start()
 
-    def stop(self, timeout_s: float = 60.0) -> str | None:
+    def stop(self, timeout_s: float = 30.0) -> str | None:
         """Upload what is left, for at most `timeout_s`; returns what kept it from that, if so."""
         assert self._thread is not None
+        self._deadline = time.monotonic() + timeout_s
         self._stopping.set()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
+            self._given_up = True  # from now on another process may record
             return self._problem or f"the tracking server took more than {timeout_s:g} s"
         return self._problem
 
     def pending_bytes(self) -> int:
+        """How much of the journal is not uploaded yet."""
         return (self._dir / FILE_NAME).stat().st_size - self._uploaded_to
 
     def _run(self) -> None:
         delay_s = POLL_S
         while True:
-            stopping = self._stopping.is_set()
+            stopping, done = self._stopping.is_set(), False
             try:
                 self.sync()
-                self._problem, delay_s = None, POLL_S
+                self._problem, delay_s, done = None, POLL_S, True
             except Exception as error:
                 # Whatever a store raises is one more reason to try again later; what is known
                 # of its runs may be out of date by now.
                 reason = " ".join(str(error).split())[:300]
-                self._problem = f"{type(error).__name__}: {reason}"
+                self._problem = redacted(f"{type(error).__name__}: {reason}", self._uri)
                 self._parent, self._children = None, {}
                 delay_s = min(30.0, delay_s * 2)
-            if stopping:
+            if stopping and (done or time.monotonic() + POLL_S > self._deadline):
                 return
-            self._stopping.wait(delay_s)
+            if stopping:
+                time.sleep(POLL_S)
+            else:
+                self._stopping.wait(delay_s)
 
     def sync(self) -> None:
         """Upload everything that the journal holds and the tracking store does not."""
@@ -180,12 +152,16 @@ class Recorder:
             self._client = MlflowClient(tracking_uri=self._uri)
         return self._client
 
+    def _check_not_given_up(self) -> None:
+        if self._given_up:
+            raise RuntimeError("the recorder was stopped: another one may be at work")
+
     def _experiment(self, client: MlflowClient) -> str:
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is not None:
             return str(found.experiment_id)
         location = None
-        if self._uri.startswith("sqlite:"):  # MLflow's default would be the current folder
+        if not self._uri.startswith("http"):  # MLflow's default would be the current folder
             location = (self._dir.parent / "mlartifacts").as_uri()
         return str(client.create_experiment(EXPERIMENT, artifact_location=location))
 
@@ -209,7 +185,10 @@ class Recorder:
             token = page.token
             if not token:
                 break
-        return parent or self._create_parent(client, experiment)
+        if parent is None:
+            self._check_not_given_up()
+            parent = self._create_parent(client, experiment)
+        return parent
 
     def _create_parent(self, client: MlflowClient, experiment: str) -> str:
         header = self._state.header
@@ -301,6 +280,7 @@ class Recorder:
 
     def _describe_trial(self, client: MlflowClient, parent: str, trial: TrialState) -> None:
         if trial.number not in self._children:
+            self._check_not_given_up()
             self._children[trial.number] = self._create_child(client, parent, trial)
         defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
         _log_params(client, self._children[trial.number], {**defaults, **trial.config})
@@ -373,7 +353,7 @@ class Recorder:
         best = self._state.best(header["config"]["objective"], header["mode"])
         if best is None or best.checkpoint is None:
             return
-        file = Path(best.checkpoint) / "checkpoint.pt"
+        file = self._dir / best.checkpoint / "checkpoint.pt"
         if file.is_file():
             client.log_artifact(parent, str(file), "best")
 

@@ -53,9 +53,15 @@ class ContrastiveTrainable(tune.Trainable):
     def _begin(self, segment: dict[str, Any]) -> None:
         # Nothing that can fail: an error here would count as the death of this worker.
         self._segment = segment
+        self._mark = 0
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of the trial's memory, the cached part too: others share the GPU."""
         self._trainer: Trainer | None = None
         self._reports: Iterator[Report] | None = None
-        self._mark = 0
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
 
     def step(self) -> dict[str, Any]:
         """Train to the next report; a trial's failure is a result, not an exception."""
@@ -73,7 +79,7 @@ class ContrastiveTrainable(tune.Trainable):
                 outcome = {"outcome": state, "reason": f"{type(error).__name__}: {error}"[:1000]}
             if outcome["outcome"] != "report":
                 print(f"{outcome['outcome']}: {outcome['reason']}")
-                self._trainer = self._reports = None
+                self._release()
         metrics = outcome.pop("metrics", {})
         place = {"number": number, "node": socket.gethostname(), "worker_pid": os.getpid()}
         return {**place, **outcome, "metrics": metrics}
@@ -96,15 +102,16 @@ class ContrastiveTrainable(tune.Trainable):
 
     def _start(self) -> Iterator[Report]:
         config = parse_config(self._segment["fields"])
-        checkpoint = self._segment["checkpoint"]
+        journaled = self._segment["checkpoint"]
+        checkpoint = self._sweep_dir / journaled if journaled else None
         print(f"trial {self._segment['number']}, attempt {self._segment['attempt']}")
         print(config.model_dump_json())
         self._trainer = Trainer(config, self._data, marks=self._marks)
-        if checkpoint and not Path(checkpoint).exists():
+        if checkpoint and not checkpoint.exists():
             print(f"{checkpoint} is gone: starts from the beginning")
         elif checkpoint:
             print(f"continues from {checkpoint}")
-            self._trainer.load_state_dict(load_checkpoint(Path(checkpoint) / CHECKPOINT_FILE).state)
+            self._trainer.load_state_dict(load_checkpoint(checkpoint / CHECKPOINT_FILE).state)
         return self._trainer.run()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -116,7 +123,7 @@ class ContrastiveTrainable(tune.Trainable):
         self._last_save_s = self._saved_at - started
 
     def cleanup(self) -> None:
-        self._trainer = self._reports = None
+        self._release()
 
 
 @contextlib.contextmanager

@@ -49,6 +49,11 @@ BAD_SWEEPS: dict[str, tuple[list[str], str]] = {
     "not a number": (["--set", "lr=fast"], "lr"),
     "not finite": (["--set", "lr=nan"], "lr"),
     "owned by an option": (["--set", "epochs=3"], "--epochs"),
+    "set though the sweep decides": (["--set", "report_every=5"], "--report-every"),
+    "infinite": (["--report-every", "inf"], "report_every"),
+    "Ray client": (["--address", "ray://127.0.0.1:10001"], "--address auto"),
+    "credentials": (["--tracking-uri", "http://me:pw@127.0.0.1:1"], "MLFLOW_TRACKING_USERNAME"),
+    "empty fixed": (["--config", "nullfixed.yaml", "--space", "nope"], "quick"),
     "zero trials": (["--trials", "0"], "trials"),
     "negative epochs": (["--epochs", "-1"], "epochs"),
     "grace above the end": (["--epochs", "2", "--grace", "3"], "grace"),
@@ -92,6 +97,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "bad.yaml").write_text("colour: blue\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
+    (tmp_path / "nullfixed.yaml").write_text("fixed:\n")
     before = written(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["contrasweep", "sweep", *arguments])
@@ -166,7 +172,26 @@ def test_a_sweep_from_start_to_report(tmp_path: Path) -> None:
     assert sum(json.loads(extended.stdout)["trials"].values()) == 3
 
     shown = contrasweep("report", "runs/s", cwd=tmp_path).stdout
-    assert "knn_top1" in shown
+    assert "* the default configuration" in shown
+    assert f"{told['best']['value']:.4g}" in shown
+
+    yaml = tmp_path / "runs" / "s" / "sweep.yaml"
+    was = yaml.read_text()
+    yaml.write_text(was.replace("seed: 0", "seed: 1"))
+    refused = contrasweep("resume", "runs/s", "--trials", "1", cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert "seed in sweep.yaml is 1" in refused.stderr
+    yaml.write_text(was)
+
+    (tmp_path / "runs" / "s").rename(tmp_path / "runs" / "moved")
+    moved = contrasweep("report", "runs/moved", cwd=tmp_path).stdout
+    assert f"{told['best']['value']:.4g}" in moved
+    (tmp_path / "runs" / "moved").rename(tmp_path / "runs" / "s")
+
+    dead = contrasweep(
+        "report", "runs/s", cwd=tmp_path, check=False, MLFLOW_TRACKING_URI="http://127.0.0.1:9"
+    )
+    assert dead.returncode == 0  # recorded in the embedded store, whatever the variable says now
 
     best = str(told["best"]["trial"])
     repeated = contrasweep(

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -147,7 +148,7 @@ def test_killed_anywhere_and_resumed_nothing_is_lost_or_doubled(
 
 
 @settings(max_examples=25, deadline=None)
-@given(cut=st.integers(2, 90), sampler=st.sampled_from(["tpe", "random"]))
+@given(cut=st.integers(2, 200), sampler=st.sampled_from(["tpe", "random"]))
 def test_the_next_suggestion_after_a_kill_is_the_one_that_would_have_come(
     cut: int, sampler: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -215,13 +216,14 @@ def test_a_death_is_retried_from_the_checkpoint_and_the_fourth_one_is_final(tmp_
     driver.on_result(result(segment, 100))
     driver.on_checkpoint(0, 100, "/0/100")
     for death in range(MAX_DEATHS):
-        driver.on_segment_end(0, None)
+        driver.on_segment_end(0, None, "killed")
         segment = driver.next_segment(1)
         assert isinstance(segment, Segment)
         assert (segment.number, segment.attempt) == (0, death + 2)
         assert (segment.checkpoint, segment.checkpoint_mark) == ("/0/100", 100)
-    driver.on_segment_end(0, None)
+    driver.on_segment_end(0, None, "killed by the kernel")
     assert driver.journal.state.trials[0].state == "lost"
+    assert "killed by the kernel" in driver.journal.state.trials[0].reason
 
 
 def test_draining_stops_each_segment_at_its_next_report_with_a_checkpoint(tmp_path: Path) -> None:
@@ -262,6 +264,31 @@ def test_a_spent_budget_starts_nothing_more(tmp_path: Path) -> None:
     driver.clock = lambda: now + 3601
     assert driver.next_segment(3) is Next.WAIT
     assert driver.spent
+
+
+def test_a_space_that_raises_fails_its_trial_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    """On a draw that the planning did not meet; a value that the trainer refuses likewise."""
+    path = tmp_path / "e.jsonl"
+    driver = start(path, sampler="random", default_trial=False)
+
+    def moody(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        lr = trial.suggest_float("lr", 1e-4, 1e-1, log=True)
+        if trial.number == 2:
+            raise KeyError("no luck")
+        return {"lr": -1.0 if trial.number == 4 else np.float64(lr), "batch_size": np.int64(64)}
+
+    driver.study._space = moody
+    driver.defaults = None
+    Workers(driver, seed=0).run()
+    state = load_state(path)
+    assert len(state.trials) == 8
+    assert state.trials[2].state == "error"
+    assert "no luck" in state.trials[2].reason
+    assert "test_driver.py" in state.trials[2].reason
+    assert state.trials[4].state == "error"
+    assert "lr" in state.trials[4].reason
+    assert state.counts()["error"] == 2
+    assert start(path).next_segment(3) is Next.FINISHED
 
 
 def test_a_journal_that_cannot_be_written_ends_the_sweep(tmp_path: Path) -> None:

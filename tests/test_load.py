@@ -92,19 +92,11 @@ def test_newest_of_one_name_unless_an_id_is_given(sweep_store, record_sweep, fak
         load_sweep(sweep_store, "twice", sweep_id="x")
 
 
-def test_a_repeated_mark_keeps_its_later_report_and_infinities_return(
-    sweep_store, record_sweep, fake_trial
-):
-    from mlflow import MlflowClient
-
-    record_sweep("restarted", [fake_trial(0, None, {"lr": 1e-3}, [0.1, math.inf])])
-    run_id = load_sweep(sweep_store, "restarted").trials.loc[0, "run_id"]
-    MlflowClient(sweep_store).log_metric(
-        run_id, "knn_top1", 0.25, timestamp=1_760_000_900_000, step=524
-    )
-    frames = load_sweep(sweep_store, "restarted")
+def test_infinities_come_back_from_an_sql_store(sweep_store, record_sweep, fake_trial):
+    record_sweep("infinite", [fake_trial(0, None, {"lr": 1e-3}, [0.1, math.inf])])
+    frames = load_sweep(sweep_store, "infinite")
     values = frames.curves[frames.curves["metric"] == "knn_top1"].sort_values("mark")["value"]
-    assert values.tolist() == [0.25, math.inf]
+    assert values.tolist() == [0.1, math.inf]
 
 
 def test_a_sweep_without_trials_has_empty_frames(sweep_store, record_sweep):

@@ -17,13 +17,15 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from analysis import load_sweep
 from search.journal import Journal
-from search.tracking import Recorder, check_tracking_uri, without_credentials
+from search.tracking import Recorder
+from search.uris import check_tracking_uri, redacted, refuse_credentials, without_credentials
 
 MARKS = [100, 200, 300]
 
 
-def write_sweep(folder: Path, trials: int = 4) -> Journal:
+def write_sweep(folder: Path, trials: int = 4, sweep_id: str | None = None) -> Journal:
     """A small sweep's journal: trial 0 completed, 1 pruned, 2 diverged, the rest unfinished."""
     folder.mkdir(parents=True)
     (folder / "sweep.yaml").write_text("space: quick\n")
@@ -32,9 +34,9 @@ def write_sweep(folder: Path, trials: int = 4) -> Journal:
               "sampler": "tpe", "scheduler": "asha", "dataset": "digits", "reduction": 3,
               "fixed": {"encoder": "conv_small"}}  # fmt: skip
     journal.append(
-        "sweep_started", schema=1, sweep_id="id-" + folder.name, config=config, mode="max",
-        total_images=300, marks=MARKS, rungs=[100], slots=2, space_sha256=None, git_commit="c0ffee",
-        versions={"torch": "2"}, data={"name": "digits", "train": 100, "val": 30, "test": 20,
+        "sweep_started", schema=1, sweep_id=sweep_id or "id-" + folder.name, config=config,
+        mode="max", total_images=300, marks=MARKS, rungs=[100], slots=2, space_sha256=None,
+        git_commit="c0ffee", versions={"torch": "2"}, data={"name": "digits", "train": 100, "val": 30, "test": 20,
                                        "classes": 10, "skipped": 0, "digest": "d1"},
     )  # fmt: skip
     for number in range(trials):
@@ -177,13 +179,50 @@ def test_an_upload_cut_anywhere_is_completed_by_the_next_one(
 def test_two_sweeps_of_one_name_in_one_store_stay_apart(out: Path) -> None:
     uri = f"sqlite:///{out / 'mlflow.db'}"
     write_sweep(out / "a" / "s1")
-    journal = write_sweep(out / "b" / "s2")
+    journal = write_sweep(out / "b" / "s1", sweep_id="other")
     Recorder(out / "a" / "s1", uri).sync()
-    Recorder(out / "b" / "s2", uri).sync()
+    Recorder(out / "b" / "s1", uri).sync()
     journal.append("finished", number=3, state="lost", reason="", mark=100)
-    Recorder(out / "b" / "s2", uri).sync()
+    Recorder(out / "b" / "s1", uri).sync()
     assert runs_of(uri, "id-s1")[1][3].info.status == "RUNNING"
-    assert runs_of(uri, "id-s2")[1][3].info.status == "FAILED"
+    assert runs_of(uri, "other")[1][3].info.status == "FAILED"
+
+
+def test_what_the_recorder_writes_the_frames_hold(out: Path) -> None:
+    """Journal -> MLflow -> frames, two marks of one batch and a renamed folder included."""
+    journal = write_sweep(out / "s1")
+    metrics = {"knn_top1": 0.61}
+    for rung in (200, 300):  # a batch that reached two marks: one step, two reports
+        decision = {"stop": rung == 300, "rung": rung, "cutoff": 0.6, "competitors": rung // 100}
+        journal.append("report", number=3, mark=rung, samples_seen=304, metrics=metrics,
+                       decision=decision, node="n1", pid=1)  # fmt: skip
+        time.sleep(0.005)  # MLflow counts milliseconds
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    Recorder(out / "s1", uri).sync()
+    frames = load_sweep(uri, "renamed", sweep_id="id-s1")
+    assert frames.info["objective"] == "knn_top1"
+    assert frames.info["rungs"] == (100,)
+    trials = frames.trials.set_index("number")
+    assert trials["state"].to_dict() == {
+        0: "completed",
+        1: "pruned",
+        2: "diverged",
+        3: "unfinished",
+    }
+    curve = frames.curves[(frames.curves["number"] == 3) & (frames.curves["metric"] == "knn_top1")]
+    assert curve["mark"].tolist() == [100, 200, 300]
+    decisions = frames.decisions[frames.decisions["number"] == 3]
+    assert decisions["mark"].tolist() == [100, 200, 300]
+    assert decisions["competitors"].tolist() == [3, 2, 3]
+    assert decisions["stop"].tolist() == [False, False, True]
+
+
+def test_a_recorder_that_gave_up_makes_no_more_runs(out: Path) -> None:
+    write_sweep(out / "s1")
+    recorder = Recorder(out / "s1", f"sqlite:///{out / 'mlflow.db'}")
+    recorder._given_up = True
+    with pytest.raises(RuntimeError, match="another one may be at work"):
+        recorder.sync()
 
 
 @pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "/tmp/mlruns", "ftp://host/x", "databricks"])
@@ -195,6 +234,25 @@ def test_unsupported_schemes_are_refused(uri: str) -> None:
 def test_credentials_are_taken_out_of_a_uri() -> None:
     assert without_credentials("http://me:secret@host:5000/x") == "http://host:5000/x"
     assert without_credentials("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    secret = "postgresql://h/db?user=u&password=hunter2&sslmode=require"
+    assert without_credentials(secret) == "postgresql://h/db?sslmode=require"
+    assert "hunter2" not in redacted("cannot reach h with hunter2", secret)
+
+
+@pytest.mark.parametrize("uri", ["http://me:pw@host", "postgresql://h/db?password=pw"])
+def test_credentials_as_an_option_are_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_USERNAME") as refused:
+        refuse_credentials(uri)
+    assert "pw" not in str(refused.value)
+
+
+def test_an_error_of_the_store_shows_no_password(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s1")
+    recorder = Recorder(tmp_path / "s1", "http://me:hunter2@127.0.0.1:9")
+    recorder.start()
+    problem = recorder.stop(timeout_s=2)
+    assert problem is not None
+    assert "hunter2" not in problem
 
 
 @pytest.fixture
@@ -253,6 +311,6 @@ def test_a_store_that_cannot_be_reached_is_named_and_does_not_block(tmp_path: Pa
     write_sweep(tmp_path / "s1")
     recorder = Recorder(tmp_path / "s1", "http://127.0.0.1:9")
     recorder.start()
-    problem = recorder.stop(timeout_s=30)
+    problem = recorder.stop(timeout_s=3)
     assert problem is not None
     assert recorder.pending_bytes() > 0

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -26,7 +26,7 @@ class TrainConfig(BaseModel):
     `cooldown` in fractions of the whole run.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # data
     dataset: str = Field("digits", description="source of images; `contrasweep datasets` lists")
@@ -81,19 +81,16 @@ class TrainConfig(BaseModel):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; none: torch's own choice")
 
-    @field_validator("temperature", "lr", "weight_decay", "margin", "epochs", mode="after")
-    @classmethod
-    def _finite(cls, value: float) -> float:
-        if value != value or value in (float("inf"), float("-inf")):
-            raise ValueError("must be a finite number")
-        return value
-
     @property
     def learning_rate(self) -> float:
         """Peak learning rate at this batch size: `lr` scaled by `lr_scaling`."""
         ratio = self.batch_size / LR_REFERENCE_BATCH
         scale = {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[self.lr_scaling]
         return self.lr * scale
+
+    def total_images(self, train_images: int) -> int:
+        """Length of the run in images, over a train split of that size."""
+        return max(1, round(self.epochs * train_images))
 
 
 def parse_config(fields: Mapping[str, object]) -> TrainConfig:

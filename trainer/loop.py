@@ -167,7 +167,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.config = config
         self.device = _device(config.device)
-        self.total_images = max(1, round(config.epochs * train_count))
+        self.total_images = config.total_images(train_count)
         every = config.report_every or train_count
         self.marks = report_marks(self.total_images, every) if marks is None else tuple(marks)
         report_marks(self.total_images, self.total_images, self.marks)  # only checks the range

@@ -2,7 +2,8 @@
 
 A schedule is a function of the images seen, never of the optimiser's steps, so that it means the
 same at every batch size and a restored run needs no schedule state. `wsd` is the default because
-its value at a rung does not depend on the length of the run, as `cosine`'s does.
+between its warm-up and its cool-down, both fractions of the run, the rate does not depend on the
+length of the run, as `cosine`'s does at every point.
 Left out: LARS, and schedules that react to metrics.
 """
 

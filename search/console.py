@@ -1,0 +1,80 @@
+"""How the command line prints: JSON for programs, tables for people."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from search.run import SweepResult
+
+LEADERS = 10
+out_console = Console(markup=False, highlight=False)
+err_console = Console(stderr=True, markup=False, highlight=False)
+
+
+def print_json(answer: dict[str, Any]) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(answer, allow_nan=False, default=str))
+
+
+def print_known(known: dict[str, str], as_json: bool) -> None:
+    """Names with a line each."""
+    if as_json:
+        print_json(known)
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in known.items():
+        table.add_row(Text(name, style="bold"), Text(text))
+    out_console.print(table)
+
+
+def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
+    """The best trials, one a line; the default configuration is marked."""
+    if not rows:
+        out_console.print("no trial is recorded yet")
+        return
+    from analysis.tables import LEADERBOARD_COLUMNS
+
+    names = [name for name in rows[0] if name not in LEADERBOARD_COLUMNS]
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    for heading in ("trial", "state", objective, "epochs", *names):
+        table.add_column(
+            heading.replace("_", "\n"),
+            justify="left" if heading == "state" else "right",
+            vertical="bottom",
+        )
+    for row in rows[:LEADERS]:
+        table.add_row(
+            f"{row['number']}{'*' if row['is_default'] else ''}",
+            row["state"],
+            _short(row["objective"], 4),
+            _short(row["epochs"], 3),
+            *(_short(row[name], 2) for name in names),
+        )
+    out_console.print(table)
+    if any(row["is_default"] for row in rows[:LEADERS]):
+        out_console.print("* the default configuration", style="dim")
+
+
+def print_result(result: SweepResult, rows: list[dict[str, Any]]) -> None:
+    """What a sweep came to: its leaderboard, how the trials ended, the best one."""
+    if rows:
+        print_leaderboard(rows, result.objective)
+    counts = ", ".join(f"{count} {name}" for name, count in result.trials.items())
+    out_console.print(f"{counts}; {result.samples_seen:,} images in {result.wall_s:,.0f} s")
+    if result.best is not None:
+        value = result.best["value"]
+        out_console.print(f"best: trial {result.best['trial']}, {result.objective} {value:.4f}")
+    if result.reason:
+        out_console.print(result.reason)
+
+
+def _short(value: Any, digits: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
