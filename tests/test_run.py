@@ -115,9 +115,9 @@ def test_ctrl_c_drains_and_says_how_to_go_on(tmp_path: Path) -> None:
     _, message = finish(start(tmp_path, "resume", "runs/s"), code=2)
     assert "another process runs" in message
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "contrasweep resume" in out
+    assert "contrasweep resume" in err
     state = load_state(tmp_path / "runs" / "s" / "events.jsonl")
     assert state.ended is not None
     assert state.ended["state"] == "interrupted"

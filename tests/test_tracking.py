@@ -36,8 +36,9 @@ def write_sweep(folder: Path, trials: int = 4, sweep_id: str | None = None) -> J
     journal.append(
         "sweep_started", schema=1, sweep_id=sweep_id or "id-" + folder.name, config=config,
         mode="max", total_images=300, marks=MARKS, rungs=[100], slots=2, space_sha256=None,
-        git_commit="c0ffee", versions={"torch": "2"}, data={"name": "digits", "train": 100, "val": 30, "test": 20,
-                                       "classes": 10, "skipped": 0, "digest": "d1"},
+        git_commit="c0ffee", versions={"torch": "2"}, tracking="embedded",
+        data={"name": "digits", "train": 100, "val": 30, "test": 20, "classes": 10, "skipped": 0,
+              "skipped_files": [], "digest": "d1"},
     )  # fmt: skip
     for number in range(trials):
         journal.append(
