@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "contrasweep"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow's page opens on runs and curves, not on traces of language models."""
 PREFIX = "contrasweep."
 BATCH_METRICS, BATCH_PARAMS, PARAM_CHARS, TAG_CHARS = 1000, 100, 6000, 5000
 """Limits of MLflow's log_batch."""
@@ -163,7 +165,7 @@ class Recorder:
         location = None
         if not self._uri.startswith("http"):  # MLflow's default would be the current folder
             location = (self._dir.parent / "mlartifacts").as_uri()
-        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+        return str(client.create_experiment(EXPERIMENT, location, EXPERIMENT_TAGS))
 
     def _find_or_create_parent(self, client: MlflowClient) -> str:
         experiment = self._experiment(client)
