@@ -13,6 +13,7 @@ PYTEST_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+SOURCES := trainer spaces search analysis tests
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
 NAME := demo-$(shell date +%Y%m%d-%H%M%S)
 
@@ -30,8 +31,8 @@ test: lint
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-dev

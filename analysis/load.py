@@ -306,7 +306,9 @@ def _trials_frame(runs: Sequence[Any], info: SweepInfo, curves: pd.DataFrame) ->
                 "is_default": tags.get(TAG + "default") == "true",
                 "objective": float(reached["value"]),
                 "best_objective": float(best.get(number, math.nan)),
-                "samples_seen": int(reached["samples_seen"]),
+                "samples_seen": max(
+                    int(reached["samples_seen"]), int(_number_tag(tags, "samples_seen") or 0)
+                ),
                 "mark": int(reached["mark"]),
                 "wall_s": _wall_s(metrics, start, end),
                 "images_per_s": metrics.get("images_per_s", math.nan),

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from search.config import SweepConfig, parse_sweep, read_sweep_yaml
+from search.config import (
+    SweepConfig,
+    absolute_source,
+    parse_settings,
+    parse_sweep,
+    read_sweep_yaml,
+)
 from search.console import (
     err_console,
     out_console,
@@ -24,6 +30,7 @@ from search.console import (
     print_known,
     print_leaderboard,
     print_result,
+    print_status,
 )
 from trainer.config import TrainConfig, parse_config
 
@@ -45,8 +52,11 @@ def main() -> NoReturn:
     """Entry point: a ValueError is the user's mistake, told in one line."""
     try:
         app()
-    except (ValueError, FileExistsError) as error:
+    except ValueError as error:
         print(f"contrasweep: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a path that cannot be read or written
+        print(f"contrasweep: {error.filename}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -120,9 +130,7 @@ def sweep(
     given = {field: value for field, value in locals().items() if field in SweepConfig.model_fields}
     fields = read_sweep_yaml(config) if config else {}
     fields |= {field: value for field, value in given.items() if value is not None}
-    if config and name is None:
-        fields.pop("name", None)  # a sweep.yaml names the sweep that wrote it
-    fields["fixed"] = {**(fields.get("fixed") or {}), **_parse_settings(settings)}
+    fields["fixed"] = {**(fields.get("fixed") or {}), **parse_settings(settings)}
     plan = parse_sweep(fields)
     _carry_out(lambda **more: Sweep(plan, **more), Sweep.run, as_json, download, cache_dir)
 
@@ -175,7 +183,7 @@ def train(
     if (repeat is None) != (trial is None):
         raise ValueError("--from and --trial go together: --from runs/NAME --trial 17")
     given = {
-        "dataset": _absolute_source(dataset),
+        "dataset": absolute_source(dataset),
         "epochs": epochs,
         "seed": seed,
         "train_limit": train_limit,
@@ -183,7 +191,7 @@ def train(
         "data_dir": data_dir and str(Path(data_dir).expanduser().resolve()),
     }
     fields = {key: value for key, value in given.items() if value is not None}
-    fields |= _parse_settings(settings)
+    fields |= parse_settings(settings)
     marks, recorded = None, None
     if repeat is not None and trial is not None:
         if fields:
@@ -197,9 +205,8 @@ def train(
 
     def show(report: Any, total: int) -> None:
         err_console.print(
-            f"{report.samples_seen:>12,} of {total:,} images  loss {report.train_loss:.4f}  "
-            f"kNN {report.knn_top1:.4f}  rank {report.rankme:.1f}  "
-            f"{report.images_per_s:,.0f} images a second",
+            f"{report.samples_seen:>9,} of {total:,} images  train_loss {report.train_loss:.3f}  "
+            f"knn_top1 {report.knn_top1:.4f}  {report.images_per_s:,.0f}/s",
         )
 
     folder = folder.expanduser().resolve()
@@ -224,9 +231,9 @@ def train(
 def status(directory: SweepDir, as_json: Json = False) -> None:
     """How far a sweep is: trials by state, unfinished ones, the best so far."""
     from search.journal import FILE_NAME, load_state
-    from search.run import is_running
+    from search.run import is_running, sweep_folder
 
-    directory = directory.expanduser().resolve()
+    directory = sweep_folder(directory)
     state = load_state(directory / FILE_NAME)
     objective = state.header["config"]["objective"]
     best = state.best(objective, state.header["mode"])
@@ -238,24 +245,19 @@ def status(directory: SweepDir, as_json: Json = False) -> None:
         "planned": state.planned,
         "trials": state.counts(),
         "unfinished": [
-            {"trial": t.number, "samples_seen": t.samples_seen, objective: t.value(objective)}
+            {"trial": t.number, "samples_seen": t.samples_seen, "value": t.value(objective)}
             for t in state.unfinished()
         ],
-        "best": None if best is None else _best(best.number, best.value(objective), best.params),
+        "objective": objective,
+        "best": best
+        and {"trial": best.number, "value": best.value(objective), "params": best.params},
         "samples_seen": state.samples_seen,
         "wall_s": round(state.wall_s, 3),
     }
     if as_json:
         print_json(answer)
         return
-    counts = ", ".join(f"{count} {name}" for name, count in state.counts().items()) or "none yet"
-    out_console.print(f"{answer['name']}: {answer['state']}; of {state.planned} trials: {counts}")
-    for trial in answer["unfinished"]:
-        out_console.print(f"  trial {trial['trial']}: {trial['samples_seen']:,} images")
-    if best is not None:
-        out_console.print(f"best: trial {best.number}, {objective} {best.value(objective):.4f}")
-    if answer["state"] == "interrupted":
-        out_console.print(f"go on with: contrasweep resume {directory}", soft_wrap=True)
+    print_status(answer)
 
 
 @app.command()
@@ -267,11 +269,14 @@ def report(
     from search.run import Sweep
 
     sweeps = [Sweep.open(directory) for directory in directories]
-    page, rows = _report(sweeps)
+    page, boards = _report(sweeps)
     if as_json:
-        print_json({"report": str(page), "leaderboard": rows})
+        print_json({"report": str(page), "leaderboards": boards})
     else:
-        print_leaderboard(rows, sweeps[0].config.objective)
+        for each, rows in zip(sweeps, boards.values(), strict=True):
+            if len(sweeps) > 1:
+                out_console.print(f"\n{each.config.name}", style="bold")
+            print_leaderboard(rows, each.config.objective)
         out_console.print(f"report: {page}", soft_wrap=True)
 
 
@@ -327,32 +332,43 @@ def _carry_out(
             cache_dir=cache_dir,
             data_progress=DataProgress(err_console),
             on_step=display,
+            on_note=display.note,
         )
-        result = act(sweep)
+        try:
+            result = act(sweep)
+        except KeyboardInterrupt:
+            display.note(f"ended at once; go on with: contrasweep resume {sweep.dir}")
+            raise
     _conclude(sweep, result, as_json)
 
 
 def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
-    page, rows = (None, []) if result.unrecorded else _report([finished])
+    page, boards = (None, {}) if result.unrecorded else _report([finished])
     if as_json:
         print_json({**result.to_json(), "report": page and str(page)})
     else:
-        print_result(result, rows)
+        print_result(result, boards.get(result.name, []))
         if page is not None:
             out_console.print(f"report: {page}", soft_wrap=True)
     if result.unrecorded:
         err_console.print(
-            f"MLflow lacks a part of this sweep ({result.unrecorded}); once the store answers, "
-            f"it is uploaded by: contrasweep report {result.dir}",
+            f"no report: MLflow lacks a part of this sweep ({result.unrecorded}); once the store "
+            f"answers, both are made by: contrasweep report {result.dir}",
             soft_wrap=True,
         )
     if result.state != "finished":
         err_console.print(f"go on with: contrasweep resume {result.dir}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
+    if result.best is None and result.trials:
+        err_console.print(f"no trial came to a result; see {result.dir / 'trials'}/*/log.txt")
+        raise typer.Exit(1)
 
 
-def _report(sweeps: list[Sweep]) -> tuple[Path, list[dict[str, Any]]]:
-    """Bring MLflow up to date, read it, write the page into the first sweep's folder."""
+def _report(sweeps: list[Sweep]) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    """Bring MLflow up to date, read it, write the page into the first sweep's folder.
+
+    Returns the page and each sweep's leaderboard.
+    """
     from analysis import leaderboard_rows, load_sweep, write_report
 
     frames = []
@@ -365,7 +381,11 @@ def _report(sweeps: list[Sweep]) -> tuple[Path, list[dict[str, Any]]]:
     if len(sweeps) > 1:  # a page of its own: the sweep's stays
         folder /= "with-" + "-".join(each.dir.name for each in sweeps[1:])
     page = write_report(frames, folder)
-    return page, leaderboard_rows(frames[0])
+    boards = {
+        str(each.config.name): leaderboard_rows(frame)
+        for each, frame in zip(sweeps, frames, strict=True)
+    }
+    return page, boards
 
 
 def _load_data(config: TrainConfig, download: bool, cache_dir: Path | None) -> Any:
@@ -383,28 +403,6 @@ def _load_data(config: TrainConfig, download: bool, cache_dir: Path | None) -> A
             soft_wrap=True,
         )
     return data
-
-
-def _parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """`--set` values, checked and converted by the field of `TrainConfig` that each one names."""
-    values: dict[str, Any] = {}
-    for setting in settings or []:
-        field, equals, text = setting.partition("=")
-        if not equals or not field:
-            raise ValueError(f"--set takes FIELD=VALUE, such as --set lr=0.001; got {setting!r}")
-        raw = None if text.lower() in ("none", "null") else text
-        values[field] = getattr(parse_config({field: raw}), field)
-    return values
-
-
-def _absolute_source(dataset: str | None) -> str | None:
-    if dataset is None or not dataset.startswith("folder:"):
-        return dataset
-    return f"folder:{Path(dataset.removeprefix('folder:')).expanduser().resolve()}"
-
-
-def _best(number: int, value: float | None, params: dict[str, Any]) -> dict[str, Any]:
-    return {"trial": number, "value": value, "params": params}
 
 
 def _first_line(thing: object) -> str:

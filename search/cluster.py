@@ -40,6 +40,12 @@ def ray_cluster(config: SweepConfig) -> Iterator[Callable[[], int]]:
             f"Ray Client addresses such as {config.address} are not supported; run the command on "
             "a node of the cluster with --address auto"
         )
+    host, colon, port = (config.address or "").rpartition(":")
+    if colon and port.isdigit():  # Ray itself would knock for more than a minute
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise ValueError(f"no Ray cluster answers at {config.address}: {error}") from None
     import ray
 
     ours = not ray.is_initialized()

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from trainer.config import parse_config
+
 OBJECTIVES = {
     "knn_top1": ("max", "accuracy of a 20-nearest-neighbour vote on val, encoder features"),
     "rankme": ("max", "effective rank of the val features; ranks runs of one method only"),
@@ -125,9 +127,7 @@ class SweepConfig(BaseModel):
         changes: dict[str, Any] = {"out": str(Path(self.out).expanduser().resolve())}
         if self.data_dir:
             changes["data_dir"] = str(Path(self.data_dir).expanduser().resolve())
-        if self.dataset.startswith("folder:"):
-            folder = Path(self.dataset.removeprefix("folder:")).expanduser().resolve()
-            changes["dataset"] = f"folder:{folder}"
+        changes["dataset"] = absolute_source(self.dataset)
         path, colon, function = self.space.rpartition(":")
         if colon and path.endswith(".py"):
             changes["space"] = f"{Path(path).expanduser().resolve()}:{function}"
@@ -175,6 +175,25 @@ def read_sweep_yaml(path: Path) -> dict[str, Any]:
         )
     document.pop(PROVENANCE, None)
     return document
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """`--set` values, checked and converted by the field of `TrainConfig` that each one names."""
+    values: dict[str, Any] = {}
+    for setting in settings or []:
+        field, equals, text = setting.partition("=")
+        if not equals or not field:
+            raise ValueError(f"--set takes FIELD=VALUE, such as --set lr=0.001; got {setting!r}")
+        raw = None if text.lower() in ("none", "null") else text
+        values[field] = getattr(parse_config({field: raw}), field)
+    return values
+
+
+def absolute_source(dataset: str | None) -> str | None:
+    """A `folder:` source with its path made absolute; any other as it is."""
+    if dataset is None or not dataset.startswith("folder:"):
+        return dataset
+    return f"folder:{Path(dataset.removeprefix('folder:')).expanduser().resolve()}"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -42,11 +42,15 @@ def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
 
     names = [name for name in rows[0] if name not in LEADERBOARD_COLUMNS]
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    for heading in ("trial", "state", objective, "epochs", *names):
+    headings = ["trial", "state", objective, "epochs", *names]
+    narrow = sum(len(heading) + 2 for heading in headings) + 16 > out_console.width
+    for heading in headings:
         table.add_column(
-            heading.replace("_", "\n"),
+            heading.replace("_", "\n") if narrow else heading,
             justify="left" if heading == "state" else "right",
             vertical="bottom",
+            no_wrap=heading not in names,
+            overflow="fold",
         )
     for row in rows[:LEADERS]:
         table.add_row(
@@ -57,6 +61,8 @@ def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
             *(_short(row[name], 2) for name in names),
         )
     out_console.print(table)
+    if len(rows) > LEADERS:
+        out_console.print(f"and {len(rows) - LEADERS} more in leaderboard.csv", style="dim")
     if any(row["is_default"] for row in rows[:LEADERS]):
         out_console.print("* the default configuration", style="dim")
 
@@ -72,6 +78,19 @@ def print_result(result: SweepResult, rows: list[dict[str, Any]]) -> None:
         out_console.print(f"best: trial {result.best['trial']}, {result.objective} {value:.4f}")
     if result.reason:
         out_console.print(result.reason)
+
+
+def print_status(answer: dict[str, Any]) -> None:
+    """How far a sweep is, from what `status --json` prints."""
+    counts = ", ".join(f"{count} {name}" for name, count in answer["trials"].items()) or "none yet"
+    out_console.print(f"{answer['name']}: {answer['state']}; of {answer['planned']}: {counts}")
+    for trial in answer["unfinished"]:
+        out_console.print(f"  trial {trial['trial']}: {trial['samples_seen']:,} images")
+    if answer["best"]:
+        best = answer["best"]
+        out_console.print(f"best: trial {best['trial']}, {answer['objective']} {best['value']:.4f}")
+    if answer["state"] == "interrupted":
+        out_console.print(f"go on with: contrasweep resume {answer['dir']}", soft_wrap=True)
 
 
 def _short(value: Any, digits: int) -> str:

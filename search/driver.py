@@ -238,7 +238,8 @@ class Driver:
         if trial.state is not None:
             return
         if result is not None and result["outcome"] != REPORT:
-            self._finish(trial, str(result["outcome"]), str(result["reason"]))
+            seen = int(result["samples_seen"])
+            self._finish(trial, str(result["outcome"]), str(result["reason"]), seen)
         elif self._nothing_left(trial) or (result is not None and self._at_end(trial)):
             self._finish(trial, *self._ending(trial))
         elif result is None:
@@ -273,7 +274,7 @@ class Driver:
             f"of {decision['competitors']} competitors"
         )
 
-    def _finish(self, trial: TrialState, state: str, reason: str) -> None:
+    def _finish(self, trial: TrialState, state: str, reason: str, samples_seen: int = 0) -> None:
         last = trial.last_report
         self.journal.append(
             "finished",
@@ -281,5 +282,6 @@ class Driver:
             state=state,
             reason=reason,
             mark=last["mark"] if last else 0,
+            samples_seen=max(samples_seen, trial.samples_seen),
         )
         self.study.tell(trial.number, state, trial.value(self.config.objective))

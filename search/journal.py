@@ -53,11 +53,13 @@ class TrialState:
     state: str | None = None
     reason: str = ""
     finished_at: float | None = None
+    samples_at_end: int = 0
 
     @property
     def samples_seen(self) -> int:
-        """Images trained on, as of the last report."""
-        return max((int(report["samples_seen"]) for report in self.reports.values()), default=0)
+        """Images trained on, as of the last report or of the failure after it."""
+        reported = [int(report["samples_seen"]) for report in self.reports.values()]
+        return max([*reported, self.samples_at_end])
 
     @property
     def last_report(self) -> Event | None:
@@ -216,6 +218,7 @@ def _on_finished(state: SweepState, event: Event) -> None:
     trial.state = event["state"]
     trial.reason = str(event.get("reason", ""))
     trial.finished_at = float(event["time"])
+    trial.samples_at_end = int(event.get("samples_seen", 0))
 
 
 def _on_sweep_finished(state: SweepState, event: Event) -> None:

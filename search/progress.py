@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
@@ -86,6 +86,10 @@ class SweepDisplay:
             self._live.start()
             self._live.update(self._table(state), refresh=True)
 
+    def note(self, text: str) -> None:
+        """A line for the user, above the live table."""
+        self._console.print(text, soft_wrap=True)
+
     def _announce(self, state: SweepState) -> None:
         """What is worth knowing before the first trial ends."""
         self._announced = True
@@ -108,6 +112,14 @@ class SweepDisplay:
         if not self._said_hello:
             self._said_hello = True
             data = state.header["data"]
+            before = [
+                t.number
+                for t in state.trials.values()
+                if t.finished_at is not None and t.finished_at < state.session_started
+            ]
+            self._told.update(before)
+            if before:
+                self.note(f"going on: {len(before)} of {state.planned} trials had ended before")
             self._console.print(
                 f"sweep {config['name']}: {state.planned} trials of up to "
                 f"{state.header['total_images']:,} images of {data['name']}, "
@@ -153,11 +165,10 @@ class SweepDisplay:
         )
         best = state.best(objective, state.header["mode"])
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in ("trial", "state", "images"):
-            table.add_column(heading, justify="left" if heading == "state" else "right")
-        table.add_column("", width=16)
-        table.add_column(objective, justify="right")
-        table.add_column("parameters", overflow="ellipsis", no_wrap=True)
+        for heading in ("trial", "state", "images", "", objective):
+            align: JustifyMethod = "left" if heading == "state" else "right"
+            table.add_column(heading, justify=align, no_wrap=True)
+        table.add_column("parameters")  # the only one that gives way on a narrow terminal
         for trial in _worth_showing(state, objective):
             name = trial.state or "unfinished"
             style = STYLES.get(name, "red")
@@ -166,10 +177,10 @@ class SweepDisplay:
                 Text(f"{SYMBOLS.get(name, '✗')} {trial.state or 'running'}", style=style),
                 f"{trial.samples_seen:,}",
                 ProgressBar(
-                    total=state.header["total_images"], completed=trial.samples_seen, width=16
+                    total=state.header["total_images"], completed=trial.samples_seen, width=10
                 ),
                 _value(trial, objective),
-                Text(_params(trial), style="dim"),
+                Text(_params(trial), style="dim", no_wrap=True, overflow="ellipsis"),
             )
         return Group(line, spent, table)
 

@@ -97,6 +97,7 @@ class Sweep:
         cache_dir: Path | None = None,
         data_progress: DataProgress | None = None,
         on_step: OnStep | None = None,
+        on_note: Callable[[str], None] | None = None,
     ) -> None:
         config = config.resolved()
         if config.name is None:
@@ -113,13 +114,12 @@ class Sweep:
             "progress": data_progress,
         }
         self._on_step = on_step or (lambda state: None)
+        self._on_note = on_note or (lambda text: None)
 
     @classmethod
     def open(cls, directory: Path, **options: Any) -> Sweep:
         """The sweep in `directory`, as its `sweep.yaml` describes it."""
-        directory = directory.expanduser().resolve()
-        if not (directory / FILE_NAME).is_file():
-            raise ValueError(f"{directory} is not a sweep's folder: it has no {FILE_NAME}")
+        directory = sweep_folder(directory)
         header = load_state(directory / FILE_NAME).header
         config = parse_sweep(read_sweep_yaml(directory / "sweep.yaml"))
         check_unchanged(config, parse_sweep(header["config"]))
@@ -162,10 +162,15 @@ class Sweep:
     def resume(self, trials: int = 0) -> SweepResult:
         """Go on where the journal ends, with `trials` more than were planned.
 
+        A finished sweep with no more to come is only recorded again.
         Refused (ValueError) while another driver holds the folder, and when the space's file has
         changed since the sweep began.
         """
         check_tracking_uri(self.tracking_uri)
+        state = load_state(self.dir / FILE_NAME)
+        if state.ended and state.ended["state"] == "finished" and not trials:
+            self.record_rest()
+            return self._result(state, None)
         with _locked(self.dir):
             state = load_state(self.dir / FILE_NAME)
             plan = make_plan_again(self.config, state, self.dir, **self._loading)
@@ -226,7 +231,7 @@ class Sweep:
         recorder = Recorder(self.dir, self.tracking_uri)
         recorder.start()
         try:
-            with _draining_on_signal(driver):
+            with _draining_on_signal(driver, self._on_note):
                 _fit(self, plan, driver, slots, lambda: self._on_step(journal.state))
             if driver.crash is not None:
                 raise driver.crash
@@ -269,6 +274,14 @@ class Sweep:
             wall_s=state.wall_s,
             unrecorded=unrecorded,
         )
+
+
+def sweep_folder(directory: Path) -> Path:
+    """`directory`, made absolute; ValueError if no sweep is there."""
+    directory = directory.expanduser().resolve()
+    if not (directory / FILE_NAME).is_file():
+        raise ValueError(f"{directory} is not a sweep's folder: it has no {FILE_NAME}")
+    return directory
 
 
 def _fit(
@@ -315,7 +328,7 @@ def _trial_name(trial: Any) -> str:
 
 
 @contextlib.contextmanager
-def _draining_on_signal(driver: Driver) -> Iterator[None]:
+def _draining_on_signal(driver: Driver, on_note: Callable[[str], None]) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM drains the sweep, the second one ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -325,6 +338,7 @@ def _draining_on_signal(driver: Driver) -> Iterator[None]:
         if driver.draining is not None:
             raise KeyboardInterrupt
         driver.drain(f"stopped by {signal.Signals(signum).name}")
+        on_note("stopping: each running trial ends at its next report; again: at once")
 
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {signum: signal.signal(signum, on_signal) for signum in signals}

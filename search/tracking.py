@@ -14,7 +14,8 @@ One parent run a sweep, one child run (`mlflow.parentRunId`) a trial, in the exp
 | parent | dataset  | name, digest, sizes of the splits                                         |
 | parent | artifact | sweep.yaml; best/checkpoint.pt of the best trial                          |
 | child  | tags     | kind=trial, sweep_id, number, state, reason, default, params and          |
-|        |          | distributions (JSON, searched ones only), seed, node, rung (if pruned)    |
+|        |          | distributions (JSON, searched ones only), seed, node, rung (if pruned),   |
+|        |          | samples_seen (at the end, what a failed trial cost after its last report) |
 | child  | params   | every field of `TrainConfig`                                              |
 | child  | metrics  | every figure of a `Report`, and at rungs rung_cutoff, rung_competitors,   |
 |        |          | rung_stop, at step = samples_seen with the report's own time              |
@@ -111,7 +112,8 @@ class Recorder:
             except Exception as error:
                 # Whatever a store raises is one more reason to try again later; what is known
                 # of its runs may be out of date by now.
-                reason = " ".join(str(error).split())[:300]
+                reason = " ".join(str(error).split())
+                reason = reason if len(reason) <= 160 else f"{reason[:160]}..."
                 self._problem = redacted(f"{type(error).__name__}: {reason}", self._uri)
                 self._parent, self._children = None, {}
                 delay_s = min(30.0, delay_s * 2)
@@ -146,10 +148,12 @@ class Recorder:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
             os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+            from mlflow.tracking import MlflowClient
+
             for name in ("mlflow", "alembic"):  # the making of tables is no news to the user
                 logging.getLogger(name).setLevel(logging.WARNING)
-            from mlflow.tracking import MlflowClient
 
             self._client = MlflowClient(tracking_uri=self._uri)
         return self._client
@@ -294,6 +298,7 @@ class Recorder:
         tags = {"node": trial.node} if trial.node else {}
         if trial.state:
             tags |= {"state": trial.state, "reason": trial.reason[:TAG_CHARS]}
+            tags["samples_seen"] = str(trial.samples_seen)
         stop = trial.stop_recorded()
         if stop is not None:
             tags["rung"] = str(stop["decision"]["rung"])

@@ -78,6 +78,7 @@ class ContrastiveTrainable(tune.Trainable):
                 state = "oom" if _is_out_of_memory(error) else "error"
                 outcome = {"outcome": state, "reason": f"{type(error).__name__}: {error}"[:1000]}
             if outcome["outcome"] != "report":
+                outcome["samples_seen"] = self._trainer.samples_seen if self._trainer else 0
                 print(f"{outcome['outcome']}: {outcome['reason']}")
                 self._release()
         metrics = outcome.pop("metrics", {})

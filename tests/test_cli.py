@@ -149,6 +149,22 @@ def test_train_writes_its_run_and_tells_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:9"])
+def test_a_cluster_that_is_not_there_is_one_line(address: str, tmp_path: Path) -> None:
+    done = contrasweep("sweep", "--address", address, *TINY, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("contrasweep: no Ray cluster answers")
+    assert written(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_sweep_without_any_result_does_not_exit_with_success(tmp_path: Path) -> None:
+    done = contrasweep("sweep", "--set", "device=cuda:7", *TINY, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "no trial came to a result" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_sweep_from_start_to_report(tmp_path: Path) -> None:
     done = contrasweep("sweep", *TINY, "--name", "s", "--json", cwd=tmp_path)
     told = json.loads(done.stdout)
@@ -167,6 +183,11 @@ def test_a_sweep_from_start_to_report(tmp_path: Path) -> None:
     assert status["state"] == "finished"
     assert status["unfinished"] == []
     assert status["best"]["trial"] == told["best"]["trial"]
+
+    lines = (tmp_path / "runs" / "s" / "events.jsonl").read_text()
+    again = contrasweep("resume", "runs/s", "--json", cwd=tmp_path)  # nothing is left to do
+    assert json.loads(again.stdout)["best"] == told["best"]
+    assert (tmp_path / "runs" / "s" / "events.jsonl").read_text() == lines
 
     extended = contrasweep("resume", "runs/s", "--trials", "1", "--json", cwd=tmp_path)
     assert sum(json.loads(extended.stdout)["trials"].values()) == 3
@@ -206,12 +227,19 @@ def test_a_sweep_from_start_to_report(tmp_path: Path) -> None:
     )
     assert json.loads(from_yaml.stdout)["best"]["value"] == told["best"]["value"]
 
+    own_page = (tmp_path / "runs" / "s" / "report" / "index.html").read_bytes()
+    both = json.loads(contrasweep("report", "runs/s", "runs/t", "--json", cwd=tmp_path).stdout)
+    assert list(both["leaderboards"]) == ["s", "t"]
+    assert Path(both["report"]).parent.name == "with-t"
+    assert (tmp_path / "runs" / "s" / "report" / "index.html").read_bytes() == own_page
+
 
 @pytest.mark.parametrize(
     "arguments",
     [["status", "nothing"], ["resume", "nothing"], ["report", "nothing"],
      ["train", "--from", "nothing", "--trial", "0"], ["train", "--from", "nothing"],
-     ["train", "--set", "encoder=nope"], ["train", "--dataset", "cifar10"]],
+     ["train", "--set", "encoder=nope"], ["train", "--dataset", "cifar10"],
+     ["train", "--epochs", "0.1", "--out", "/proc/x"], ["sweep", "--out", "/proc/x"]],
 )  # fmt: skip
 def test_other_verbs_name_what_is_wrong(arguments: list[str], tmp_path: Path) -> None:
     done = contrasweep(*arguments, cwd=tmp_path, check=False)

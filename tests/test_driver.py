@@ -201,12 +201,19 @@ def test_a_failure_ends_the_trial_with_its_reason(tmp_path: Path, state: str) ->
     driver = start(tmp_path / "e.jsonl")
     segment = driver.next_segment(1)
     assert isinstance(segment, Segment)
-    failed = {"outcome": state, "reason": "why", "number": segment.number, "metrics": {}}
+    failed = {
+        "outcome": state,
+        "reason": "why",
+        "number": segment.number,
+        "metrics": {},
+        "samples_seen": 55,
+    }
     assert driver.on_result(failed)
     assert not driver.wants_checkpoint(failed)
     driver.on_segment_end(segment.number, failed)
     trial = driver.journal.state.trials[0]
     assert (trial.state, trial.reason) == (state, "why")
+    assert trial.samples_seen == 55  # what it cost is counted, though it made no report
 
 
 def test_a_death_is_retried_from_the_checkpoint_and_the_fourth_one_is_final(tmp_path: Path) -> None:
@@ -311,6 +318,7 @@ def test_infeasible_trials_steer_the_sampler_away(tmp_path: Path) -> None:
         infeasible.append(bad)
         if bad:
             made = {"outcome": "oom", "reason": "", "number": segment.number, "metrics": {}}
+            made["samples_seen"] = 0
         else:
             made = result(segment, TOTAL, metrics={"knn_top1": segment.fields["lr"]})
             driver.on_result(made)
