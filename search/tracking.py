@@ -257,13 +257,12 @@ class Recorder:
         }
         if ended is not None:
             self._upload_ending(client, parent)
-        client.log_batch(parent, tags=[RunTag(PREFIX + k, str(v)) for k, v in tags.items()])
-        if ended is None:
-            if any(event["event"] == "resumed" for event in new):
-                client.update_run(parent, status="RUNNING")
-        else:
             status = "FINISHED" if ended["state"] == "finished" else "KILLED"
             client.set_terminated(parent, status, end_time=_milliseconds(ended["time"]))
+        elif any(event["event"] == "resumed" for event in new):
+            client.update_run(parent, status="RUNNING")
+        # Last of all: a kill before the cursor is set repeats the upload, one after it skips it.
+        client.log_batch(parent, tags=[RunTag(PREFIX + k, str(v)) for k, v in tags.items()])
 
     def _describe_sweep(self, client: MlflowClient, parent: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag

@@ -143,7 +143,7 @@ def test_an_upload_cut_anywhere_is_completed_by_the_next_one(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Let the n-th call to the store fail, for every n, then go on with a new recorder."""
-    write_sweep(out / "s1")
+    write_sweep(out / "s1").append("sweep_finished", state="finished", reason="")
     uri = f"sqlite:///{out / 'mlflow.db'}"
     calls = {"left": 0}
 
@@ -175,6 +175,30 @@ def test_an_upload_cut_anywhere_is_completed_by_the_next_one(
     calls["left"] = -1
     Recorder(out / "s1", uri).sync()
     check_record(uri, "id-s1")
+    assert runs_of(uri, "id-s1")[0].info.status == "FINISHED"
+
+
+def test_a_kill_just_before_the_end_is_recorded_leaves_no_running_sweep(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = write_sweep(out / "s1")
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    Recorder(out / "s1", uri).sync()
+    parent = runs_of(uri, "id-s1")[0].info.run_id
+    journal.append("sweep_finished", state="finished", reason="")
+    original = MlflowClient.set_terminated
+
+    def killed(self: MlflowClient, run_id: str, *args: Any, **kwargs: Any) -> None:
+        if run_id == parent:
+            raise ConnectionError("cut")
+        original(self, run_id, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "set_terminated", killed)
+        with pytest.raises(ConnectionError):
+            Recorder(out / "s1", uri).sync()
+    Recorder(out / "s1", uri).sync()
+    assert runs_of(uri, "id-s1")[0].info.status == "FINISHED"
 
 
 def test_two_sweeps_of_one_name_in_one_store_stay_apart(out: Path) -> None:
