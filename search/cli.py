@@ -8,6 +8,7 @@ Rooms are imported by the verb that needs them, so that `--help` is quick.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import typer
 
 from search.config import (
     SweepConfig,
-    absolute_source,
+    absolute_paths,
     parse_settings,
     parse_sweep,
     read_sweep_yaml,
@@ -27,10 +28,25 @@ from search.console import (
     err_console,
     out_console,
     print_json,
-    print_known,
     print_leaderboard,
     print_result,
     print_status,
+    print_training,
+)
+from search.listings import listings
+from search.options import (
+    CacheDir,
+    DataDir,
+    Download,
+    InMemory,
+    Json,
+    Labelled,
+    Settings,
+    SweepDir,
+    TestLimit,
+    TrainLimit,
+    ValLimit,
+    sweep_option,
 )
 from trainer.config import TrainConfig, parse_config
 
@@ -44,6 +60,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distributed hyperparameter search for contrastive image pre-training.",
 )
+app.add_typer(listings)
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -63,65 +80,45 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _sweep_option(field: str, *names: str, **more: Any) -> Any:
-    """An option whose help and default are those of a `SweepConfig` field."""
-    info = SweepConfig.model_fields[field]
-    default = "" if info.default is None else f" (default: {info.default})"
-    return typer.Option(*names, help=f"{info.description}{default}", show_default=False, **more)
-
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Set a field of the trainer; repeatable."),
-]
-CacheDir = Annotated[
-    Path | None,
-    typer.Option(help="Of decoded folders. (default: the user's cache folder)", show_default=False),
-]
-Download = Annotated[bool, typer.Option("--download", help="Fetch the data set if it is missing.")]
-DataDir = Annotated[str | None, _sweep_option("data_dir", "--data-dir")]
-TrainLimit = Annotated[int | None, _sweep_option("train_limit", "--train-limit")]
-ValLimit = Annotated[int | None, _sweep_option("val_limit", "--val-limit")]
-SweepDir = Annotated[Path, typer.Argument(metavar="RUNS/NAME", help="A sweep's folder.")]
-
-
 @app.command()
 def sweep(
-    space: Annotated[str | None, _sweep_option("space", "--space")] = None,
-    dataset: Annotated[str | None, _sweep_option("dataset", "--dataset")] = None,
-    trials: Annotated[int | None, _sweep_option("trials", "--trials")] = None,
-    epochs: Annotated[float | None, _sweep_option("epochs", "--epochs")] = None,
+    space: Annotated[str | None, sweep_option("space", "--space")] = None,
+    dataset: Annotated[str | None, sweep_option("dataset", "--dataset")] = None,
+    trials: Annotated[int | None, sweep_option("trials", "--trials")] = None,
+    epochs: Annotated[float | None, sweep_option("epochs", "--epochs")] = None,
     config: Annotated[
         Path | None, typer.Option(help="A sweep.yaml; options given here override it.")
     ] = None,
-    name: Annotated[str | None, _sweep_option("name", "--name")] = None,
-    out: Annotated[str | None, _sweep_option("out", "--out")] = None,
-    sampler: Annotated[str | None, _sweep_option("sampler", "--sampler")] = None,
-    scheduler: Annotated[str | None, _sweep_option("scheduler", "--scheduler")] = None,
-    grace: Annotated[float | None, _sweep_option("grace", "--grace")] = None,
-    reduction: Annotated[int | None, _sweep_option("reduction", "--reduction")] = None,
-    objective: Annotated[str | None, _sweep_option("objective", "--objective")] = None,
-    report_every: Annotated[float | None, _sweep_option("report_every", "--report-every")] = None,
+    name: Annotated[str | None, sweep_option("name", "--name")] = None,
+    out: Annotated[str | None, sweep_option("out", "--out")] = None,
+    sampler: Annotated[str | None, sweep_option("sampler", "--sampler")] = None,
+    scheduler: Annotated[str | None, sweep_option("scheduler", "--scheduler")] = None,
+    grace: Annotated[float | None, sweep_option("grace", "--grace")] = None,
+    reduction: Annotated[int | None, sweep_option("reduction", "--reduction")] = None,
+    objective: Annotated[str | None, sweep_option("objective", "--objective")] = None,
+    report_every: Annotated[float | None, sweep_option("report_every", "--report-every")] = None,
     settings: Settings = None,
+    labelled: Labelled = None,
+    in_memory: InMemory = None,
     train_limit: TrainLimit = None,
     val_limit: ValLimit = None,
+    test_limit: TestLimit = None,
     data_dir: DataDir = None,
     download: Download = False,
     cache_dir: CacheDir = None,
-    seed: Annotated[int | None, _sweep_option("seed", "--seed")] = None,
+    seed: Annotated[int | None, sweep_option("seed", "--seed")] = None,
     default_trial: Annotated[
-        bool | None, _sweep_option("default_trial", "--default-trial/--no-default-trial")
+        bool | None, sweep_option("default_trial", "--default-trial/--no-default-trial")
     ] = None,
     cpus_per_trial: Annotated[
-        float | None, _sweep_option("cpus_per_trial", "--cpus-per-trial")
+        float | None, sweep_option("cpus_per_trial", "--cpus-per-trial")
     ] = None,
     gpus_per_trial: Annotated[
-        float | None, _sweep_option("gpus_per_trial", "--gpus-per-trial")
+        float | None, sweep_option("gpus_per_trial", "--gpus-per-trial")
     ] = None,
-    max_hours: Annotated[float | None, _sweep_option("max_hours", "--max-hours")] = None,
-    address: Annotated[str | None, _sweep_option("address", "--address")] = None,
-    tracking_uri: Annotated[str | None, _sweep_option("tracking_uri", "--tracking-uri")] = None,
+    max_hours: Annotated[float | None, sweep_option("max_hours", "--max-hours")] = None,
+    address: Annotated[str | None, sweep_option("address", "--address")] = None,
+    tracking_uri: Annotated[str | None, sweep_option("tracking_uri", "--tracking-uri")] = None,
     as_json: Json = False,
 ) -> None:
     """Search: try many configurations, stop the weak ones early, report."""
@@ -155,20 +152,30 @@ def resume(
 @app.command()
 def train(
     dataset: Annotated[str | None, typer.Option(help="Source of images. (default: digits)")] = None,
+    labelled: Labelled = None,
     settings: Settings = None,
     epochs: Annotated[float | None, typer.Option(help="Length of the run. (default: 10)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, views, order. (default: 0)")] = None,
     out: Annotated[
         Path | None, typer.Option(help="New folder. (default: runs/train-TIME)", show_default=False)
     ] = None,
+    in_memory: InMemory = None,
     train_limit: TrainLimit = None,
     val_limit: ValLimit = None,
+    test_limit: TestLimit = None,
     data_dir: DataDir = None,
     download: Download = False,
     cache_dir: CacheDir = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this many reports without a better one; keep that."),
+    ] = None,
     test: Annotated[
         bool, typer.Option("--test", help="Use the test split once, at the end.")
     ] = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an unfinished run.")
+    ] = None,
     repeat: Annotated[
         Path | None, typer.Option("--from", metavar="RUNS/NAME", help="Repeat a trial of a sweep.")
     ] = None,
@@ -176,55 +183,62 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one configuration, without Ray; with --from and --trial, one of a sweep's again."""
+    from search.train import Run, begin, read_run, trial_to_repeat
     from search.train import train as run_training
-    from search.train import trial_to_repeat
+    from search.train_display import TrainDisplay
     from trainer.loop import Diverged
 
-    if (repeat is None) != (trial is None):
-        raise ValueError("--from and --trial go together: --from runs/NAME --trial 17")
     given = {
-        "dataset": absolute_source(dataset),
+        "dataset": dataset,
+        "labelled": labelled,
         "epochs": epochs,
         "seed": seed,
+        "in_memory": in_memory,
         "train_limit": train_limit,
         "val_limit": val_limit,
-        "data_dir": data_dir and str(Path(data_dir).expanduser().resolve()),
+        "test_limit": test_limit,
+        "data_dir": data_dir,
     }
     fields = {key: value for key, value in given.items() if value is not None}
-    fields |= parse_settings(settings)
-    marks, recorded = None, None
-    if repeat is not None and trial is not None:
+    fields = absolute_paths(fields | parse_settings(settings))
+    if (repeat is None) != (trial is None):
+        raise ValueError("--from and --trial go together: --from runs/NAME --trial 17")
+    recorded = None
+    if resume is not None:
+        others = {"--out": out, "--patience": patience, "--test": test, "--from": repeat, **fields}
+        if taken := [name for name, value in others.items() if value]:
+            raise ValueError(f"--resume goes on with a run as it was; leave out {', '.join(taken)}")
+        folder = resume.expanduser().resolve()
+        run = read_run(folder)
+    elif repeat is not None and trial is not None:
         if fields:
             raise ValueError(f"--from repeats a trial as it was; leave out {', '.join(fields)}")
         source = trial_to_repeat(repeat.expanduser().resolve(), trial)
-        config, marks, recorded = source.config, source.marks, source.recorded
+        run = dataclasses.replace(source.run, patience=patience, test=test)
+        recorded = source.recorded
     else:
-        config = parse_config(fields)
-    data = _load_data(config, download, cache_dir)
-    folder = out or Path("runs") / f"train-{time.strftime('%Y%m%d-%H%M%S')}"
-
-    def show(report: Any, total: int) -> None:
-        err_console.print(
-            f"{report.samples_seen:>9,} of {total:,} images  train_loss {report.train_loss:.3f}  "
-            f"knn_top1 {report.knn_top1:.4f}  {report.images_per_s:,.0f}/s",
-        )
-
-    folder = folder.expanduser().resolve()
+        run = Run(parse_config(fields), patience=patience, test=test)
+    data = _load_data(run.config, download, cache_dir)
+    if resume is None:
+        folder = (out or Path("runs") / f"train-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+        folder = folder.resolve()
+        run = begin(run, data, folder)
     try:
-        result = run_training(config, data, folder, marks=marks, test=test, on_report=show)
+        with TrainDisplay(err_console) as display:
+            result = run_training(run, data, folder, resume=resume is not None, progress=display)
     except Diverged as error:
         err_console.print(f"diverged: {error.reason}", soft_wrap=True)
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        err_console.print(f"go on with: contrasweep train --resume {folder}", soft_wrap=True)
+        raise
+    result["curves"] = str(_write_curves(folder))
     if recorded is not None:
         result["recorded"] = recorded.last_report["metrics"] if recorded.last_report else {}
     if as_json:
         print_json(result)
-        return
-    for name, value in result["metrics"].items():
-        was = result.get("recorded", {}).get(name)
-        recorded_text = "" if was is None else f"   recorded {was:.6g}"
-        out_console.print(f"{name:>16}  {value:.6g}{recorded_text}")
-    out_console.print(f"written to {result['dir']}", soft_wrap=True)
+    else:
+        print_training(result)
 
 
 @app.command()
@@ -278,38 +292,6 @@ def report(
                 out_console.print(f"\n{each.config.name}", style="bold")
             print_leaderboard(rows, each.config.objective)
         out_console.print(f"report: {page}", soft_wrap=True)
-
-
-@app.command()
-def spaces(as_json: Json = False) -> None:
-    """The search spaces there are."""
-    from spaces import SPACES
-
-    print_known({name: _first_line(space) for name, space in SPACES.items()}, as_json)
-
-
-@app.command()
-def datasets(as_json: Json = False) -> None:
-    """The sources of images there are."""
-    from trainer.datasets import SOURCES
-
-    print_known({name: source[0] for name, source in SOURCES.items()}, as_json)
-
-
-@app.command()
-def encoders(as_json: Json = False) -> None:
-    """The encoders there are."""
-    from trainer.models import ENCODERS
-
-    print_known({name: entry[0] for name, entry in ENCODERS.items()}, as_json)
-
-
-@app.command()
-def losses(as_json: Json = False) -> None:
-    """The losses there are."""
-    from trainer.losses import LOSSES
-
-    print_known({name: _first_line(loss) for name, loss in LOSSES.items()}, as_json)
 
 
 # ---- what the verbs share
@@ -388,22 +370,30 @@ def _report(sweeps: list[Sweep]) -> tuple[Path, dict[str, list[dict[str, Any]]]]
     return page, boards
 
 
+def _write_curves(folder: Path) -> Path:
+    """The page of a run's learning curves, from its metrics.csv."""
+    from analysis.training import write_curves
+
+    return write_curves(folder / "metrics.csv", folder / "curves.html")
+
+
 def _load_data(config: TrainConfig, download: bool, cache_dir: Path | None) -> Any:
+    """The data of one run; without labels nothing but label-free measures is left of it."""
     from search.progress import DataProgress
     from trainer.datasets import load_for
     from trainer.loop import check_names
 
     check_names(config)
-    progress = DataProgress(err_console)
-    data = load_for(config, download=download, cache_dir=cache_dir, progress=progress)
+    data = load_for(
+        config,
+        labels_needed=False,
+        download=download,
+        cache_dir=cache_dir,
+        progress=DataProgress(err_console),
+    )
     if data.skipped:
         names = ", ".join(data.skipped[:5])
-        err_console.print(
-            f"skipped {len(data.skipped)} corrupt images: {names}, ...",
-            soft_wrap=True,
-        )
+        err_console.print(f"skipped {len(data.skipped)} corrupt images: {names}, ...")
+    if not len(data.bank):
+        err_console.print("no labels: no accuracies; --labelled SOURCE names some")
     return data
-
-
-def _first_line(thing: object) -> str:
-    return (thing.__doc__ or "").strip().partition("\n")[0]

@@ -6,24 +6,46 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from trainer.config import parse_config
+from trainer.config import TrainConfig, parse_config
+
+LABEL_FREE = ("rankme",)
+"""Objectives that need no labels. They rank runs of one method only."""
 
 OBJECTIVES = {
     "knn_top1": ("max", "accuracy of a 20-nearest-neighbour vote on val, encoder features"),
+    "linear_top1": ("max", "accuracy of a linear classifier on val, encoder features"),
     "rankme": ("max", "effective rank of the val features; ranks runs of one method only"),
 }
 """name -> (direction, meaning). The training loss is none: temperature, batch size, views and
 loss function all move its scale, so its values cannot be compared between trials."""
 
 PROVENANCE = "provenance"
-OWN_OPTIONS = ("dataset", "data_dir", "train_limit", "val_limit", "epochs", "report_every")
+OWN_OPTIONS = (
+    "dataset",
+    "labelled",
+    "data_dir",
+    "in_memory",
+    "train_limit",
+    "val_limit",
+    "test_limit",
+    "epochs",
+    "report_every",
+)
 """`TrainConfig` fields that a sweep sets by options of its own."""
-SHARED_FIELDS = (*OWN_OPTIONS, "image_size", "split_seed")
+SHARED_FIELDS = (*OWN_OPTIONS, "image_size", "split_seed", "loader_workers")
 """`TrainConfig` fields that are the same for all trials: they share one data set and its marks."""
 
 
@@ -36,9 +58,16 @@ class SweepConfig(BaseModel):
     out: str = Field("runs", description="folder of sweeps")
     space: str = Field("quick", description="name, file.py:function or module:function")
     dataset: str = Field("digits", description="source of images")
+    labelled: str | None = Field(
+        None, description="small labelled source, where the large one has no labels"
+    )
     data_dir: str | None = Field(None, description="folder of downloaded data sets")
+    in_memory: Literal["auto", "yes", "no"] = Field(
+        "auto", description="images held decoded in memory, or decoded as they are needed"
+    )
     train_limit: int | None = Field(None, ge=1, description="images kept of train")
     val_limit: int | None = Field(None, ge=1, description="images kept of val")
+    test_limit: int | None = Field(None, ge=1, description="images kept of test")
     fixed: dict[str, Any] = Field(
         default_factory=dict, description="TrainConfig fields set by hand"
     )
@@ -99,6 +128,11 @@ class SweepConfig(BaseModel):
                 f"grace must be at most the {self.epochs:g} epochs of a full trial, got "
                 f"{self.grace:g}; lower --grace or use --scheduler none"
             )
+        if self.objective == "linear_top1" and self.fixed.get("linear_probe", "always") != "always":
+            raise ValueError(
+                "the objective linear_top1 is fitted at every report; "
+                f"got linear_probe={self.fixed['linear_probe']}, leave it out"
+            )
         for field in OWN_OPTIONS:
             if field in self.fixed:
                 option = "--" + field.replace("_", "-")
@@ -114,11 +148,16 @@ class SweepConfig(BaseModel):
         """The `TrainConfig` fields that every trial of this sweep shares."""
         return {
             "dataset": self.dataset,
+            "labelled": self.labelled,
             "data_dir": self.data_dir,
+            "in_memory": self.in_memory,
             "train_limit": self.train_limit,
             "val_limit": self.val_limit,
+            "test_limit": self.test_limit,
             "epochs": self.epochs,
+            **({"linear_probe": "always"} if self.objective == "linear_top1" else {}),
             "threads": max(1, math.floor(self.cpus_per_trial)),
+            "loader_workers": min(256, max(1, math.floor(self.cpus_per_trial))),
             **self.fixed,
         }
 
@@ -128,6 +167,8 @@ class SweepConfig(BaseModel):
         if self.data_dir:
             changes["data_dir"] = str(Path(self.data_dir).expanduser().resolve())
         changes["dataset"] = absolute_source(self.dataset)
+        changes["labelled"] = absolute_source(self.labelled)
+        changes["fixed"] = absolute_paths(self.fixed)
         path, colon, function = self.space.rpartition(":")
         if colon and path.endswith(".py"):
             changes["space"] = f"{Path(path).expanduser().resolve()}:{function}"
@@ -178,15 +219,47 @@ def read_sweep_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """`--set` values, checked and converted by the field of `TrainConfig` that each one names."""
+    """`--set` values, checked and converted by the field of `TrainConfig` that each one names.
+
+    What fields say together is checked with the whole configuration. `none` is the word for no
+    value where a field may have none.
+    """
     values: dict[str, Any] = {}
     for setting in settings or []:
         field, equals, text = setting.partition("=")
         if not equals or not field:
             raise ValueError(f"--set takes FIELD=VALUE, such as --set lr=0.001; got {setting!r}")
-        raw = None if text.lower() in ("none", "null") else text
-        values[field] = getattr(parse_config({field: raw}), field)
+        values[field] = parse_field(field, text)
     return values
+
+
+def parse_field(name: str, text: str) -> Any:
+    """The value of one field of `TrainConfig` from its text; ValueError in one line."""
+    if name not in TrainConfig.model_fields:
+        parse_config({name: text})  # raises, and lists the known ones
+    info = TrainConfig.model_fields[name]
+    optional = type(None) in get_args(info.annotation)
+    raw = None if optional and text.lower() in ("none", "null") else text
+    kind: Any = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+    try:
+        return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(raw)
+    except ValidationError as error:
+        raise ValueError(f"{name}: {error.errors()[0]['msg']}, got {text!r}") from None
+
+
+def absolute_paths(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `TrainConfig` with the files that some of them name made absolute."""
+    changes: dict[str, Any] = {}
+    for name in ("dataset", "labelled"):
+        if fields.get(name) is not None:
+            changes[name] = absolute_source(fields[name])
+    for name in ("data_dir", "encoder_weights"):
+        if fields.get(name) is not None:
+            changes[name] = str(Path(fields[name]).expanduser().resolve())
+    path, colon, function = str(fields.get("loss", "")).rpartition(":")
+    if colon and path.endswith(".py"):
+        changes["loss"] = f"{Path(path).expanduser().resolve()}:{function}"
+    return {**fields, **changes}
 
 
 def absolute_source(dataset: str | None) -> str | None:

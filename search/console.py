@@ -93,6 +93,18 @@ def print_status(answer: dict[str, Any]) -> None:
         out_console.print(f"go on with: contrasweep resume {answer['dir']}", soft_wrap=True)
 
 
+def print_training(result: dict[str, Any]) -> None:
+    """What one run came to: its metrics, beside those of the trial that it repeats."""
+    if result["stopped_early"]:
+        out_console.print("stopped early; the figures and the encoder are those of the best report")
+    for name, value in result["metrics"].items():
+        was = result.get("recorded", {}).get(name)
+        recorded_text = "" if was is None else f"   recorded {was:.6g}"
+        out_console.print(f"{name:>16}  {value:.6g}{recorded_text}")
+    out_console.print(f"written to {result['dir']}", soft_wrap=True)
+    out_console.print(f"curves: {result['curves']}", soft_wrap=True)
+
+
 def _short(value: Any, digits: int) -> str:
     if value is None:
         return "-"

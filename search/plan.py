@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import optuna
 
 from search.asha import rungs_for
-from search.config import SHARED_FIELDS, SweepConfig
+from search.config import LABEL_FREE, SHARED_FIELDS, SweepConfig
 from search.journal import SweepState
 from search.provenance import describe_data
 from search.study import SAMPLERS
+from search.user_files import (
+    LossFile,
+    check_loss_files,
+    from_json,
+    in_copies,
+    loss_files,
+    sha256,
+    space_file,
+)
 from spaces import Space, default_params, load_space, run_space, with_fixed
 from trainer.config import TrainConfig, parse_config
 
@@ -44,6 +51,8 @@ class Plan:
     rungs: tuple[int, ...]
     space_file: Path | None
     """The user's own file, to be copied."""
+    loss_files: tuple[LossFile, ...]
+    """The user's own losses, to be copied; those of a sweep that goes on have been."""
 
 
 def make_plan(
@@ -52,20 +61,38 @@ def make_plan(
     download: bool = False,
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    copied: tuple[LossFile, ...] = (),
+    sweep_dir: Path = Path(),
+    in_memory: str | None = None,
 ) -> Plan:
-    """Load space and data and try the space out; a ValueError is the user's, in one line."""
+    """Load space and data and try the space out; a ValueError is the user's, in one line.
+
+    `copied` are losses whose copies in `sweep_dir` stand for their files; `in_memory` is how the
+    images were held before, none: as configured.
+    """
     from trainer.datasets import load_for
-    from trainer.loop import check_names, report_marks
+    from trainer.loop import check_fits, check_names, report_marks
 
     source = load_space(config.space)
     space = with_fixed(source, config.base_fields())
     base = parse_config(config.base_fields())
-    check_names(base)
-    data = load_for(base, download=download, cache_dir=cache_dir, progress=progress)
+    draws = _draw(config, space, base)
+    configurations = [
+        each.model_copy(update={"loss": in_copies(each.loss, copied, sweep_dir)})
+        for each in draws.configurations
+    ]
+    for each in configurations:
+        check_names(each)
+    data = load_for(
+        base.model_copy(update={"in_memory": in_memory or base.in_memory}),
+        labels_needed=config.objective not in LABEL_FREE,
+        download=download,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    for each in configurations:
+        check_fits(each, data)
     train = len(data.train.labels)
-    with _blaming_the_space(config.space):
-        defaults = default_params(space, base.model_dump()) if config.default_trial else None
-    _check_draws(config, space, base, defaults, train)
     total = base.total_images(train)
     rungs: tuple[int, ...] = ()
     if config.scheduler == "asha":
@@ -73,12 +100,13 @@ def make_plan(
     return Plan(
         config=config,
         space=space,
-        defaults=defaults,
+        defaults=draws.defaults,
         data=data,
         total_images=total,
         marks=report_marks(total, max(1, round(config.report_every * train)), rungs),
         rungs=rungs,
         space_file=space_file(source),
+        loss_files=copied or loss_files(draws.losses),
     )
 
 
@@ -97,7 +125,11 @@ def make_plan_again(config: SweepConfig, state: SweepState, sweep_dir: Path, **m
             f"the search space {config.space} has changed since the sweep began; restore it from "
             f"{copy} or start a new sweep"
         )
-    plan = make_plan(config, **more)
+    copied = from_json(state.header.get("loss_files", []))
+    check_loss_files(copied, sweep_dir)
+    if config.in_memory == "auto":  # the memory that is free now must not change the data
+        more["in_memory"] = "yes" if state.header["data"].get("in_memory", True) else "no"
+    plan = make_plan(config, copied=copied, sweep_dir=sweep_dir, **more)
     _check_checkpoints(sweep_dir, state)
     if describe_data(plan.data)["digest"] != state.header["data"]["digest"]:
         raise ValueError(
@@ -134,40 +166,41 @@ def _check_checkpoints(sweep_dir: Path, state: SweepState) -> None:
                 ) from None
 
 
-def space_file(space: Space) -> Path | None:
-    """The file of a user's own space; None for a built-in one, whose version is the package's."""
-    function: Any = inspect.unwrap(space)
-    if getattr(function, "__module__", "").partition(".")[0] == "spaces":
-        return None
-    try:
-        source = inspect.getsourcefile(function)
-    except TypeError:  # a callable object: look for the file of its class
-        source = inspect.getsourcefile(type(function))
-    return None if source is None else Path(source)
+class Draws(NamedTuple):
+    """What a space was found to give, before anything is written."""
+
+    defaults: dict[str, Any] | None
+    configurations: list[TrainConfig]
+    losses: list[str]
+    """Of the configurations, and further ones among the choices that they were drawn from."""
 
 
-def sha256(path: Path | None) -> str | None:
-    """Of a file's bytes; None for no file."""
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _check_draws(
-    config: SweepConfig,
-    space: Space,
-    base: TrainConfig,
-    defaults: dict[str, Any] | None,
-    train_images: int,
-) -> None:
-    """Check the default configuration and random ones, drawn as the sweep will draw them."""
+def _draw(config: SweepConfig, space: Space, base: TrainConfig) -> Draws:
+    """The default configuration and random ones, drawn as the sweep will draw them."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=SAMPLERS["random"](config.seed))
     trials: list[optuna.trial.BaseTrial] = [study.ask() for _ in range(DRAWS)]
+    with _blaming_the_space(config.space):
+        defaults = default_params(space, base.model_dump()) if config.default_trial else None
     if defaults is not None:
         trials.append(optuna.trial.FixedTrial(defaults))
+    drawn = []
     for trial in trials:
         with _blaming_the_space(config.space):
             fields = {**config.base_fields(), **run_space(space, trial)}
-        _check_configuration(parse_config(fields), base, train_images)
+        drawn.append(parse_config(fields))
+        for name in SHARED_FIELDS:
+            if getattr(drawn[-1], name) != getattr(base, name):
+                raise ValueError(f"a space must not set {name}: it is the same for the whole sweep")
+    choices = [
+        choice
+        for trial in trials
+        for distribution in trial.distributions.values()
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution)
+        for choice in distribution.choices
+        if isinstance(choice, str) and ".py:" in choice
+    ]
+    return Draws(defaults, drawn, [each.loss for each in drawn] + choices)
 
 
 @contextlib.contextmanager
@@ -183,17 +216,3 @@ def _blaming_the_space(ref: str) -> Iterator[None]:
             f"the space {ref} fails at {where.filename}:{where.lineno}: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _check_configuration(drawn: TrainConfig, base: TrainConfig, train_images: int) -> None:
-    from trainer.loop import check_names
-
-    check_names(drawn)
-    if drawn.batch_size > train_images:
-        raise ValueError(
-            f"batch_size must be at most the {train_images:,} images of the train split, "
-            f"got {drawn.batch_size:,}; fix it with --set batch_size=N"
-        )
-    for name in SHARED_FIELDS:
-        if getattr(drawn, name) != getattr(base, name):
-            raise ValueError(f"a space must not set {name}: it is the same for the whole sweep")

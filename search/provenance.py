@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from trainer.datasets import DataSplits
 
@@ -19,17 +21,23 @@ VERSIONED = ("contrasweep", "torch", "torchvision", "ray", "optuna", "mlflow", "
 
 
 def describe_data(data: DataSplits) -> dict[str, Any]:
-    """Sizes of the splits, and a digest of all labels and a sample of the images."""
+    """Sizes of the splits, and a digest of all labels and a sample of the images' pixels.
+
+    The digest is the same whether images are held in memory or decoded as they are needed, and
+    wherever they lie.
+    """
     digest = hashlib.sha256()
-    for split in (data.train, data.val, data.test):
+    for split in (data.train, data.val, data.test, data.bank):
         digest.update(split.labels.tobytes())
-        digest.update(split.images[:: max(1, len(split.images) // 64)].tobytes())
+        digest.update(split.pixels(slice(None, None, max(1, len(split) // 64))).tobytes())
     return {
         "name": data.name,
         "train": len(data.train.labels),
         "val": len(data.val.labels),
         "test": len(data.test.labels),
+        "bank": len(data.bank.labels),
         "classes": len(data.classes),
+        "in_memory": isinstance(data.train.images, np.ndarray),
         "skipped": len(data.skipped),
         "skipped_files": list(data.skipped[:NAMED_FILES]),
         "digest": digest.hexdigest()[:32],

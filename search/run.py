@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from search.cluster import await_dead_workers, gpus_per_trial, ray_cluster
 from search.config import (
+    LABEL_FREE,
     SweepConfig,
     parse_sweep,
     read_sweep_yaml,
@@ -31,7 +32,7 @@ from search.config import (
 )
 from search.driver import Driver
 from search.journal import FILE_NAME, SCHEMA, Journal, JournalError, SweepState, load_state
-from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again, sha256
+from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again
 from search.provenance import describe_data, git_commit, versions
 from search.tracking import Recorder
 from search.uris import (
@@ -43,6 +44,7 @@ from search.uris import (
     refuse_credentials,
     without_credentials,
 )
+from search.user_files import copy_loss_files, sha256, to_json
 
 EMBEDDED = "embedded"
 LOCK_NAME = ".lock"
@@ -138,6 +140,8 @@ class Sweep:
                 "choose another --name"
             )
         plan = make_plan(self.config, **self._loading)
+        if self.config.objective in LABEL_FREE:
+            self._on_note(f"{self.config.objective} ranks runs of one method only: fix the loss")
         with ray_cluster(self.config) as slots, self._writing(plan) as journal:
             journal.append(
                 "sweep_started",
@@ -151,6 +155,7 @@ class Sweep:
                 slots=slots(),
                 data=describe_data(plan.data),
                 space_sha256=sha256(plan.space_file),
+                loss_files=to_json(plan.loss_files),
                 versions=versions(),
                 git_commit=git_commit(),
                 driver_pid=os.getpid(),
@@ -224,6 +229,7 @@ class Sweep:
             if plan.space_file is not None:
                 text = plan.space_file.read_text(encoding="utf-8")
                 write_atomically(self.dir / SPACE_COPY, text)
+            copy_loss_files(plan.loss_files, self.dir)
             yield Journal.create(self.dir / FILE_NAME)
 
     def _drive(self, plan: Plan, journal: Journal, slots: Callable[[], int]) -> SweepResult:
@@ -295,7 +301,11 @@ def _fit(
     from search.trainable import ContrastiveTrainable
 
     trainable = tune.with_parameters(
-        ContrastiveTrainable, data=plan.data, marks=plan.marks, sweep_dir=str(sweep.dir)
+        ContrastiveTrainable,
+        data=plan.data,
+        marks=plan.marks,
+        sweep_dir=str(sweep.dir),
+        loss_files=plan.loss_files,
     )
     resources = {"cpu": plan.config.cpus_per_trial, "gpu": gpus_per_trial(plan.config)}
     tune.Tuner(

@@ -13,13 +13,13 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from ray import tune
 
+from search.user_files import LossFile, in_copies
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import parse_config
 from trainer.datasets import DataSplits
@@ -40,9 +40,11 @@ class ContrastiveTrainable(tune.Trainable):
         data: DataSplits | None = None,
         marks: tuple[int, ...] = (),
         sweep_dir: str = "",
+        loss_files: tuple[LossFile, ...] = (),
     ) -> None:
         assert data is not None
         self._data, self._marks, self._sweep_dir = data, marks, Path(sweep_dir)
+        self._loss_files = loss_files
         self._last_save_s, self._saved_at = 0.0, -float("inf")
         self._begin(config)
 
@@ -90,7 +92,7 @@ class ContrastiveTrainable(tune.Trainable):
             self._reports = self._start()
         report = next(self._reports)
         self._mark = report.mark
-        metrics = {k: v for k, v in asdict(report).items() if k not in ("mark", "samples_seen")}
+        metrics = report.metrics()
         print(f"{report.samples_seen:>12,} images  " + _figures(metrics))
         since_save_s = time.monotonic() - self._saved_at
         return {
@@ -103,6 +105,8 @@ class ContrastiveTrainable(tune.Trainable):
 
     def _start(self) -> Iterator[Report]:
         config = parse_config(self._segment["fields"])
+        loss = in_copies(config.loss, self._loss_files, self._sweep_dir)
+        config = config.model_copy(update={"loss": loss})
         journaled = self._segment["checkpoint"]
         checkpoint = self._sweep_dir / journaled if journaled else None
         print(f"trial {self._segment['number']}, attempt {self._segment['attempt']}")
@@ -140,7 +144,7 @@ def _logged(path: Path) -> Iterator[None]:
 
 
 def _figures(metrics: dict[str, Any]) -> str:
-    shown = ("epoch", "train_loss", "knn_top1", "alignment", "uniformity", "rankme")
+    shown = ("epoch", "train_loss", "knn_top1", "linear_top1", "alignment", "uniformity", "rankme")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
 
 

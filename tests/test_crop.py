@@ -9,28 +9,36 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from trainer.crop import crop_and_flip, sample_crop_boxes
+from trainer.crop import CROP_UNIFORMS, crop_and_flip, crop_boxes, whole_boxes
 
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def sample_boxes(count: int, size: int, min_scale: float, generator: torch.Generator) -> Tensor:
+    uniform_UN = torch.rand(CROP_UNIFORMS, count, generator=generator)
+    return crop_boxes(uniform_UN, size, min_scale)
+
+
 @pytest.mark.parametrize("size", [8, 32, 33])
 def test_crop_equals_torchvision_resized_crop(size: int) -> None:
     count = 64
     images = torch.rand(count, 3, size, size, generator=rng())
-    boxes = sample_crop_boxes(count, size, 0.02, rng(1))
+    boxes = sample_boxes(count, size, 0.02, rng(1))
     flip = torch.arange(count) % 2 == 1
-    views = crop_and_flip(images, boxes, flip)
+    vflip = torch.arange(count) % 3 == 1
+    views = crop_and_flip(images, boxes, flip, vflip)
     for index in range(count):
         expected = tv.resized_crop(
             images[index], *boxes[index].tolist(), [size] * 2, antialias=True
         )
         expected = tv.horizontal_flip(expected) if flip[index] else expected
+        expected = tv.vertical_flip(expected) if vflip[index] else expected
         torch.testing.assert_close(views[index], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -44,24 +52,27 @@ def test_no_pixel_from_outside_the_box_has_weight(data: st.DataObject, size: int
     box = (..., slice(top, top + height), slice(left, left + width))
     poisoned[box] = inside[box]
     boxes = torch.tensor([[top, left, height, width]])
-    flip = torch.tensor([data.draw(st.booleans())])
-    view = crop_and_flip(poisoned, boxes, flip)
+    flip, vflip = torch.tensor([[data.draw(st.booleans())], [data.draw(st.booleans())]])
+    view = crop_and_flip(poisoned, boxes, flip, vflip)
     assert view.max() <= inside[box].max() + 1e-5
     assert view.min() >= inside[box].min() - 1e-5
 
 
 def test_the_whole_image_is_an_exact_crop_and_a_flip_an_exact_mirror() -> None:
-    images = torch.rand(2, 3, 32, 32)
-    boxes = torch.tensor([[0, 0, 32, 32]] * 2)
-    views = crop_and_flip(images, boxes, torch.tensor([False, True]))
+    images = torch.rand(4, 3, 32, 32)
+    boxes = whole_boxes(4, 32, torch.device("cpu"))
+    flip, vflip = torch.tensor([[False, True, False, True], [False, False, True, True]])
+    views = crop_and_flip(images, boxes, flip, vflip)
     assert torch.equal(views[0], images[0])
     assert torch.equal(views[1], images[1].flip(-1))
+    assert torch.equal(views[2], images[2].flip(-2))
+    assert torch.equal(views[3], images[3].flip(-1, -2))
 
 
 @settings(deadline=None, max_examples=50)
 @given(size=st.integers(8, 224), min_scale=st.floats(1e-4, 1), seed=st.integers(0, 2**32 - 1))
 def test_boxes_lie_inside_the_image(size: int, min_scale: float, seed: int) -> None:
-    top, left, height, width = sample_crop_boxes(500, size, min_scale, rng(seed)).T
+    top, left, height, width = sample_boxes(500, size, min_scale, rng(seed)).T
     assert (height >= 1).all()
     assert (width >= 1).all()
     assert (top >= 0).all()
@@ -78,7 +89,7 @@ def test_boxes_are_distributed_as_torchvision_s(min_scale: float) -> None:
     image = torch.empty(3, size, size)
     drawn = [crop.make_params([image]) for _ in range(count)]
     theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in drawn], float)
-    ours = sample_crop_boxes(50_000, size, min_scale, rng()).double().numpy()
+    ours = sample_boxes(50_000, size, min_scale, rng()).double().numpy()
     for column in range(4):
         a, b = np.sort(theirs[:, column]), np.sort(ours[:, column])
         grid = np.arange(size + 1)

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer import evaluate
-from trainer.evaluate import alignment, feature_std, knn_top1, rankme, uniformity
+from trainer.config import TrainConfig
+from trainer.evaluate import alignment, collapse, feature_std, knn_top1, rankme, uniformity
+from trainer.models import build_encoder
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -108,6 +110,8 @@ def test_knn_refuses_to_judge_nothing() -> None:
         knn_top1(some[:0], labels[:0], some, labels)
     with pytest.raises(ValueError, match="got 5 and 0"):
         knn_top1(some, labels, some[:0], labels[:0])
+    with pytest.raises(ValueError, match="labels must be at least 0, got -1"):
+        knn_top1(some, labels, some, torch.full_like(labels, -1))
 
 
 # --- alignment and uniformity ---------------------------------------------------------------------
@@ -195,6 +199,74 @@ def test_feature_std_is_one_where_features_spread_and_zero_where_they_collapse()
     assert feature_std(point) == pytest.approx(0, abs=1e-5)
     axes = torch.eye(4)
     assert feature_std(axes) == pytest.approx(2 * math.sqrt(3) / 4)
+
+
+# --- collapse -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 10, 128])
+def test_one_point_is_collapse_at_every_length(width: int) -> None:
+    point = 1 + torch.rand(1, width, generator=rng())
+    noise = 1e-4 * torch.randn(300, width, generator=rng(1))
+    lengths = torch.linspace(0.1, 100, 300)[:, None]
+    for features in (point + noise, (point + noise) * lengths, torch.zeros(300, width)):
+        assert "standard deviation" in str(collapse(features))
+        assert "one point" in str(collapse(features.half()))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize("offset", [0.0, 5.0])  # both ends of an axis, a short arc
+def test_one_line_is_collapse(noise: float, offset: float) -> None:
+    generator = rng()
+    start, direction = torch.randn(2, 1, 64, generator=generator)
+    features = offset * start + torch.randn(300, 1, generator=generator) * direction
+    features += noise * torch.randn(300, 64, generator=generator)
+    assert feature_std(features) > 0.1
+    assert str(collapse(features)).startswith("features collapsed: effective rank 1")
+    # two classes far apart are two ends, and healthy if anything is left beside them
+    assert collapse(features + 0.5 * torch.randn(300, 64, generator=generator)) is None
+
+
+@settings(deadline=None, max_examples=25)
+@given(rank=st.integers(2, 12), offset=st.sampled_from([0.0, 3.0]), seed=st.integers(0, 1000))
+def test_a_plane_and_more_is_no_line(rank: int, offset: float, seed: int) -> None:
+    generator = rng(seed)
+    axes, _ = torch.linalg.qr(torch.randn(32, 32, generator=generator))
+    features = torch.randn(400, rank, generator=generator) @ axes[:rank]
+    assert collapse(features + offset * axes[-1]) is None
+    assert collapse(features * torch.logspace(-3, 3, 400)[:, None]) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_told_by_their_number(bad: float) -> None:
+    features = torch.randn(40, 16, generator=rng())
+    assert collapse(features) is None
+    features[:3, 2] = bad
+    assert collapse(features) == "features are not finite for 3 of 40 images"
+
+
+def test_too_few_images_cannot_show_collapse() -> None:
+    assert collapse(torch.ones(1, 16)) is None
+    assert collapse(torch.randn(2, 16, generator=rng())) is None  # two points are on a line
+    assert collapse(torch.tensor([[1.0], [-1.0]]).repeat(20, 1)) is None  # so is one dimension
+    assert collapse(torch.ones(2, 16)) is not None
+
+
+@pytest.mark.parametrize("name", ["conv_small", "resnet18"])
+def test_untrained_encoders_have_not_collapsed(name: str) -> None:
+    from trainer.datasets import load_for
+
+    images = torch.from_numpy(load_for(TrainConfig()).val.images[:128].copy())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder, _ = build_encoder(name, 32)
+    with torch.inference_mode():
+        features = encoder.eval()(images.float() / 128 - 1)
+    assert collapse(features) is None
+    assert feature_std(features) > 0.03
+
+
+# --- all ------------------------------------------------------------------------------------------
 
 
 def test_measures_do_not_depend_on_the_precision_that_comes_in() -> None:

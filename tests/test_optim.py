@@ -1,16 +1,21 @@
-"""Schedules against their closed forms and bounds; what the optimisers decay."""
+"""Schedules against their closed forms and bounds; what the optimisers decay; what waits."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.averages import MovingAverage
 from trainer.config import TrainConfig
+from trainer.lars import LARS
 from trainer.models import ProjectionHead
 from trainer.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_at
 
@@ -71,6 +76,12 @@ def test_wsd_before_the_cooldown_does_not_know_the_horizon(images: int, longer: 
     assert at(10_000) == pytest.approx(at(10_000 * longer), rel=1e-6)
 
 
+def test_constant_is_constant_after_its_warmup() -> None:
+    fields = {"schedule": "constant", "lr": 0.5, "warmup": 0.1, "cooldown": 0.5}
+    assert rate(250, **fields) == pytest.approx(0.125)
+    assert [rate(images, **fields) for images in (1_000, 5_000, TOTAL)] == [0.5] * 3
+
+
 def test_cosine_knows_the_horizon() -> None:
     config = TrainConfig(schedule="cosine")
     assert learning_rate_at(config, 5_000, 10_000) < learning_rate_at(config, 5_000, 20_000)
@@ -84,9 +95,12 @@ def test_peak_follows_the_batch_size_as_told() -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(ValueError, match="schedule must be one of wsd, cosine; got 'step'"):
+    with pytest.raises(
+        ValueError, match="schedule must be one of wsd, cosine, constant; got 'step'"
+    ):
         rate(0, schedule="step")
-    with pytest.raises(ValueError, match="optimizer must be one of adamw, sgd; got 'lion'"):
+    known = "adam, adamw, sgd, lars"
+    with pytest.raises(ValueError, match=f"optimizer must be one of {known}; got 'lion'"):
         build_optimizer(TrainConfig(optimizer="lion"), nn.Linear(2, 2))
 
 
@@ -99,8 +113,50 @@ def test_only_matrices_decay(name: str) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for key, value in head.named_parameters():
-        expected = before[key] * 0.95 if value.ndim > 1 else before[key]
-        torch.testing.assert_close(value, expected)
+        decayed = before[key] * 0.95
+        if name == "adam":  # L2's gradient, of whatever size, makes a first step of lr
+            pull = 0.5 * before[key]
+            decayed = before[key] - 0.1 * pull / (pull.abs() + 1e-8)
+        torch.testing.assert_close(value, decayed if value.ndim > 1 else before[key])
+
+
+def test_fields_reach_the_optimisers() -> None:
+    fields = {"lr": 0.3, "weight_decay": 0.02, "momentum": 0.7, "lars_trust": 0.004}
+    for name in OPTIMIZERS:
+        config = TrainConfig.model_validate({"optimizer": name, "batch_size": 512, **fields})
+        matrices, vectors = build_optimizer(config, ProjectionHead(8, 16, 4)).param_groups
+        assert (matrices["lr"], vectors["lr"]) == (0.3, 0.3)
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.02, 0)
+        assert matrices.get("momentum", 0.7) == 0.7
+        assert matrices.get("trust", 0.004) == 0.004
+        assert (matrices["adapted"], vectors["adapted"]) == (True, False)
+    assert isinstance(build_optimizer(config, ProjectionHead(8, 16, 4)), LARS)
+    scaled = TrainConfig(lr=0.3, batch_size=1024, lr_scaling="sqrt")
+    assert build_optimizer(scaled, nn.Linear(2, 2)).param_groups[0]["lr"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_finds_a_minimum(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 4, generator=generator)
+    targets = inputs @ torch.randn(4, 2, generator=generator) + 1
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.fill_(0.1)
+        model.bias.zero_()
+    lr = {"lars": 0.3, "sgd": 0.02}.get(name, 0.05)
+    config = TrainConfig(optimizer=name, lr=lr, lars_trust=0.1, weight_decay=0)
+    optimizer = build_optimizer(config, model)
+    losses = []
+    for step in range(300):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / 300)
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 1e-3 * losses[0]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -109,3 +165,48 @@ def test_every_parameter_is_trained_once(name: str) -> None:
     groups = build_optimizer(TrainConfig(optimizer=name), head).param_groups
     trained = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(trained) == sorted(id(parameter) for parameter in head.parameters())
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host asks for a tensor's value, for which a GPU would have to finish."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_for_waiting_sees_it() -> None:
+    number = torch.ones(())
+    with NoWaiting():
+        for ask in (number.item, lambda: bool(number > 0), lambda: float(number)):
+            with pytest.raises(AssertionError, match="the host waits"):
+                ask()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_never_waits_for_the_device(name: str) -> None:
+    head = ProjectionHead(8, 16, 4)
+    average = MovingAverage(head, 0.9, debias=True)
+    optimizer = build_optimizer(TrainConfig(optimizer=name), head)
+    for parameter in head.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with NoWaiting():
+        for _ in range(2):
+            clip_grad_norm_(head.parameters(), 1.0)
+            optimizer.step()
+            average.update(head)
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
+    head = ProjectionHead(8, 16, 4)
+
+    def gradients(scale: float) -> torch.Tensor:
+        for parameter in head.parameters():
+            parameter.grad = torch.full_like(parameter, scale)
+        clip_grad_norm_(head.parameters(), 0.5)
+        return torch.cat([parameter.grad.flatten() for parameter in head.parameters()])
+
+    clipped = gradients(3.0)
+    assert clipped.norm() == pytest.approx(0.5, rel=1e-5)
+    assert clipped.std() == pytest.approx(0, abs=1e-6)  # only shortened, not turned
+    assert gradients(1e-3).unique().tolist() == pytest.approx([1e-3])

@@ -2,7 +2,9 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import click
 import optuna
@@ -10,8 +12,11 @@ import pytest
 import typer
 
 from search.cli import app
+from search.train import Run, begin, train
 from spaces import load_space, run_space
-from trainer.config import parse_config
+from trainer.config import TrainConfig, parse_config
+from trainer.datasets import load_for
+from trainer.losses import get_loss
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +53,29 @@ def test_the_space_of_the_readme_gives_configurations(tmp_path: Path) -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(50):
         parse_config(run_space(space, study.ask()))
+
+
+def test_the_loss_of_the_readme_is_one(tmp_path: Path) -> None:
+    source = re.search(r"```python\n\s*(# my_loss.py.*?)```", README, flags=re.DOTALL)
+    assert source is not None
+    (tmp_path / "my_loss.py").write_text(textwrap.dedent("  " + source[1]))
+    assert get_loss(f"{tmp_path / 'my_loss.py'}:mine").description.startswith("squared distance")
+
+
+@pytest.mark.slow
+def test_the_exported_encoder_is_used_as_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = re.search(r"```python\n(from pathlib.*?)```", README, flags=re.DOTALL)
+    assert source is not None
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(epochs=1, train_limit=300, batch_size=64)
+    data = load_for(config)
+    out = Path("runs/barlow")
+    train(begin(Run(config), data, out), data, out)
+    scope: dict[str, Any] = {"images": data.test.images[:5]}
+    exec(source[1], scope)
+    assert scope["features"].shape == (5, 192)
 
 
 def test_the_tree_names_every_file() -> None:

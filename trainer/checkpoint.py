@@ -8,10 +8,12 @@ Left out: the choice of what to keep and when; that is the caller's.
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -30,24 +32,35 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` once it is written to the end and on disk.
+
+    If the writing fails, the older file stays and nothing else. The folder is made if it is
+    missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(beside, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
 def save_checkpoint(path: Path, state: dict[str, Any], config: TrainConfig, mark: int) -> None:
     """Write a checkpoint to `path`, replacing an older one only once the new one is on disk.
 
     `state` holds tensors and plain Python only. The folder is made if it is missing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "config": config.model_dump(), "mark": mark, "state": state}
-    descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -133,7 +133,7 @@ class TrainConfig(BaseModel):
     epochs: float = Field(10.0, gt=0, le=100_000, description="length of the run")
     batch_size: int = Field(256, ge=2, le=65536, description="images a step, two views each")
     micro_batch_size: int | None = Field(
-        None, ge=1, le=65536, description="images encoded at a time, same gradients; none: all"
+        None, ge=1, le=65536, description="most images encoded at a time, same gradients; none: all"
     )
     optimizer: str = Field("adamw", description="adam, adamw, sgd or lars")
     lr: float = Field(1e-3, gt=0, le=100, description="peak learning rate at batch size 256")
@@ -177,7 +177,7 @@ class TrainConfig(BaseModel):
         return ",".join(name for name in known if name in names)
 
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> TrainConfig:
+    def _named_augmentations_happen(self) -> TrainConfig:
         if self.augment not in ("all", "none"):
             for name in self.augment.split(","):
                 if getattr(self, f"{name}_p") == 0:
@@ -185,11 +185,6 @@ class TrainConfig(BaseModel):
                         f"augment names {name}, whose chance {name}_p is 0; "
                         f"set {name}_p or leave {name} out"
                     )
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(
-                f"micro_batch_size must be at most batch_size, {self.batch_size}, "
-                f"got {self.micro_batch_size}"
-            )
         return self
 
     @property

@@ -1,42 +1,37 @@
-"""Image folders: a tree of image files -> one cached `uint8` array.
+"""Image folders: a tree of image files -> a listing, and its images decoded and cached.
 
-A folder is listed with `os.scandir`, decoded once on all cores by Pillow, and kept as a plain
-`.npy` file that every later run maps into memory. The cache entry is named by a hash of the
-folder's path, the files' names, sizes and times, and the image size, so a changed folder is
-decoded anew. Leaves out: streaming of data sets larger than the disk's cache, and removal of
-old cache entries (each is one folder below `decoded/`, free to be deleted).
+A folder is listed with `os.scandir` and, where its images are to be held in memory, decoded once
+on all cores by Pillow into an entry of the cache. An entry is named by a hash of the folder's
+path, the files' names, sizes and times, and the image size.
 
-Shapes: N images, 3 channels, S pixels a side.
+Shapes: N images, n of a chunk, 3 channels, S pixels a side.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
-import shutil
-import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all) while a folder is decoded."""
+from trainer.cache import Progress, cached_images
+from trainer.images import CorruptImageError, ImageFiles, cores, read_image
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 )
 HELD_OUT = ("test", "val")
 """Folders beside `train/` that may hold the test images; ImageNet's layout calls them `val`."""
+
+Classes = Literal["needed", "optional", "ignored"]
+"""What the folders in a folder mean. needed: classes, or it is an error; optional: classes, where
+there are two or more of them; ignored: nothing."""
 
 FORMAT = 1
 """Raised when decoding or the cache's layout changes, so that older entries are not read."""
@@ -48,64 +43,124 @@ _SMALL_FILE_BYTES = 2_000
 interpreter's lock to each other: 13,700 against 10,500 images of 1 KB a second on two cores;
 of 4 KB 6,000 against 8,100, of 26 KB 3,500 against 6,800."""
 
-_EXIF_ORIENTATION = 0x0112
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """A folder's N images by name, in order of class and name, those held out at the end.
+
+    A few arrays, for the reasons of `ImageFiles`: `folder`, absolute; `names`, paths below it;
+    `labels`, int64 indices into `classes`, -1 where these are ignored; `held_out`, bool.
+    """
+
+    folder: str
+    names: NDArray[np.bytes_]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    held_out: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def files(self, image_size: int) -> ImageFiles:
+        """The same images, to be decoded as they are needed."""
+        return ImageFiles(self.folder, self.names, self.labels, image_size)
 
 
-class ImageFile(NamedTuple):  # 60,000 of them are made at each load: cheaper than a dataclass
-    """One image file of a listing; `name` is relative to the folder, with forward slashes."""
-
-    name: str
-    label: str
-    held_out: bool
-    size: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A folder's images [N, 3, S, S] in the order of `files`; those of `corrupt` are black."""
-
-    images: NDArray[np.uint8]
-    files: tuple[ImageFile, ...]
-    corrupt: tuple[int, ...]
-
-
-def list_images(folder: Path) -> tuple[ImageFile, ...]:
+def list_images(
+    folder: Path, *, classes: Classes = "needed", held_out: tuple[str, ...] = HELD_OUT
+) -> Listing:
     """List the images of `train/CLASS/...` and `test/CLASS/...`, or of `CLASS/...`, by name.
 
-    `val/` stands in for `test/` where only that exists. Hidden files and files that are no
-    images by their extension are left out. ValueError in one line: the folder is missing, is
-    empty, has no classes or no images, or holds out a class that `train/` lacks.
+    `val/` stands in for `test/` where only that exists; `held_out` names these. Where classes
+    are ignored, images may lie anywhere below the folder, and those of `test/` count as held out
+    if there is a `train/`. Hidden files and files that are no images by their extension are left
+    out. ValueError in one line: the folder is missing, unreadable, empty, has no images, or no
+    classes though they are needed, or holds out a class that `train/` lacks.
     """
+    folder = Path(os.path.abspath(folder.expanduser()))
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"data folder {str(folder)!r} {found}; give a folder of images")
-    classes = _subfolders(folder)
-    if not classes and not any(folder.iterdir()):
-        raise ValueError(f"data folder {str(folder)!r} is empty; expected CLASS/IMAGE files in it")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"data folder {str(folder)!r} {what}; give a folder of images")
+    try:
+        below = _subfolders(folder)
+        if not below and not any(folder.iterdir()):
+            raise ValueError(
+                f"data folder {str(folder)!r} is empty; expected CLASS/IMAGE files in it"
+            )
+        found = None if classes == "ignored" else _by_class(folder, below, held_out)
+        if found is None or (classes == "optional" and len(found.classes) < 2):
+            found = _anywhere(folder, below, held_out)
+        elif not len(found) and len(_anywhere(folder, below, held_out)):
+            raise ValueError(
+                f"data folder {str(folder)!r} has no class folders with images; expected "
+                f"CLASS/IMAGE files, or add --labelled SOURCE, which has classes"
+            )
+    except OSError as error:
+        raise ValueError(f"cannot read data folder {str(folder)!r}: {error.strerror}") from None
+    if not len(found):
+        expected = ", ".join(sorted(EXTENSIONS))
+        raise ValueError(
+            f"data folder {str(folder)!r} has no images; expected CLASS/IMAGE files ({expected})"
+        )
+    return found
+
+
+def _by_class(folder: Path, below: tuple[str, ...], held_out: tuple[str, ...]) -> Listing:
     train = folder / "train"
+    parts = [""]
+    splits = {"train", *HELD_OUT}
+    if "train" in below and len(below) > 1 and splits >= {*below} and not _subfolders(train):
+        return _listing(folder, [], [], (), None)  # train/IMAGE and test/IMAGE are no classes
     # A class may be called "train", too: the layout's folder has classes and no images in it.
-    if "train" in classes and _subfolders(train) and not _has_images(train):
-        held_out = next((name for name in HELD_OUT if name in classes), None)
-        files = list(_walk_classes(train, "train/", held_out=False))
-        if held_out is not None:
-            files += _walk_classes(folder / held_out, f"{held_out}/", held_out=True)
-    else:
-        files = list(_walk_classes(folder, "", held_out=False))
-    if not files:
-        reason = "has no class folders" if not classes else "has no images"
-        raise ValueError(
-            f"data folder {str(folder)!r} {reason}; "
-            f"expected CLASS/IMAGE files ({', '.join(sorted(EXTENSIONS))})"
-        )
-    known = {file.label for file in files if not file.held_out}
-    unknown = sorted({file.label for file in files} - known)
-    if unknown:
-        raise ValueError(
-            f"data folder {str(folder)!r} holds out class {unknown[0]!r} that train/ lacks; "
-            f"both need the same class folders"
-        )
-    return tuple(files)
+    if "train" in below and _subfolders(train) and not _has_images(train):
+        parts = ["train/", *(f"{name}/" for name in held_out if name in below)][:2]
+    names: list[bytes] = []
+    labels: list[int] = []
+    held_out_from = 0
+    classes: dict[str, int] = {}
+    for part in parts:
+        held_out_from = len(names)
+        for label in _subfolders(folder / part):
+            images = list(_walk(str(folder / part / label), f"{part}{label}/"))
+            if images and part != parts[0] and label not in classes:
+                raise ValueError(
+                    f"data folder {str(folder)!r} holds out class {label!r} that train/ lacks; "
+                    f"both need the same class folders"
+                )
+            if images:
+                names += images
+                labels += [classes.setdefault(label, len(classes))] * len(images)
+    return _listing(folder, names, labels, tuple(classes), held_out_from if parts[1:] else None)
+
+
+def _anywhere(folder: Path, below: tuple[str, ...], held_out: tuple[str, ...]) -> Listing:
+    parts = [""]
+    if "train" in below and not _has_images(folder):
+        parts = ["train/", *(f"{name}/" for name in held_out if name in below)][:2]
+    if not parts[1:]:
+        names = list(_walk(str(folder), ""))
+        return _listing(folder, names, [-1] * len(names), (), None)
+    names = list(_walk(str(folder / "train"), "train/"))
+    held_out_from = len(names)
+    names += _walk(str(folder / parts[1]), parts[1])
+    return _listing(folder, names, [-1] * len(names), (), held_out_from)
+
+
+def _listing(
+    folder: Path,
+    names: list[bytes],
+    labels: list[int],
+    classes: tuple[str, ...],
+    held_out_from: int | None,
+) -> Listing:
+    rows = np.arange(len(names))
+    return Listing(
+        str(folder),
+        np.array(names, np.bytes_),
+        np.array(labels, np.int64),
+        classes,
+        rows >= (len(names) if held_out_from is None else held_out_from),
+    )
 
 
 def _subfolders(folder: Path) -> tuple[str, ...]:
@@ -123,200 +178,82 @@ def _has_images(folder: Path) -> bool:
         return any(_is_image(entry.name) and entry.is_file() for entry in entries)
 
 
-def _walk_classes(folder: Path, prefix: str, *, held_out: bool) -> Iterator[ImageFile]:
-    for label in _subfolders(folder):
-        yield from _walk(str(folder / label), f"{prefix}{label}/", label, held_out)
-
-
-def _walk(folder: str, prefix: str, label: str, held_out: bool) -> Iterator[ImageFile]:
-    """Yield a class's images in the order of their names, subfolders (no links) included."""
+def _walk(folder: str, prefix: str) -> Iterator[bytes]:
+    """Yield a folder's images in the order of their names, subfolders (no links) included."""
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
         if _is_image(entry.name) and entry.is_file():
-            stat = entry.stat()
-            name = prefix + entry.name
-            yield ImageFile(name, label, held_out, stat.st_size, stat.st_mtime_ns)
+            yield os.fsencode(prefix + entry.name)
         elif entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", label, held_out)
+            yield from _walk(entry.path, f"{prefix}{entry.name}/")
 
 
-def decode_image(data: bytes, image_size: int) -> NDArray[np.uint8]:
-    """Decode one file's bytes -> uint8 [3, S, S]: upright, RGB, centre square, antialiased.
-
-    Shorter side to `image_size` and centre crop in one resampling; transparency becomes white,
-    16-bit grey its upper 8 bits. Raises whatever Pillow raises for a corrupt file.
-    """
-    with Image.open(io.BytesIO(data)) as opened:
-        image: Image.Image = opened
-        # JPEG can decode at 1/2, 1/4 or 1/8 for a fraction of the time; twice the wanted size
-        # is kept, so that the resampling below still does the antialiasing.
-        image.draft("RGB", (2 * image_size, 2 * image_size))
-        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        image = _to_rgb(image)
-    if image.size != (image_size, image_size):
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize(
-            (image_size, image_size),
-            Image.Resampling.BICUBIC,
-            box=(left, top, left + side, top + side),
-        )
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit PNG and TIFF: Pillow's own conversion clips at 255
-        grey_SS = np.asarray(image).astype(np.int64)
-        return Image.fromarray((grey_SS.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:  # what lies beneath transparent pixels is arbitrary
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def load_folder(
-    folder: Path, *, image_size: int, cache_dir: Path, progress: Progress | None = None
-) -> Decoded:
+def decode_listing(
+    listing: Listing, *, image_size: int, cache_dir: Path, progress: Progress | None = None
+) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
     """Decode a folder's images, or map them from the cache when they were decoded before.
 
-    Processes that ask for the same folder at once decode it once; a damaged cache entry is
-    replaced. ValueError in one line: what `list_images` refuses, an unreadable file, a cache
-    folder that cannot be written.
+    Returns (uint8 [N, 3, S, S] in the listing's order, rows of the corrupt files, left black).
+    ValueError in one line: an unreadable file, and what `cached_images` refuses.
     """
-    folder = Path(os.path.abspath(folder.expanduser()))
+    files = listing.files(image_size)
+    paths = [os.path.join(files.folder, files.name(row)) for row in range(len(files))]
     try:
-        files = list_images(folder)
-    except OSError as error:
-        raise ValueError(f"cannot read data folder {str(folder)!r}: {error.strerror}") from None
-    key = _cache_key(folder, files, image_size)
-    entry = cache_dir / "decoded" / key
-    shape = (len(files), 3, image_size, image_size)
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(entry.with_suffix(".lock")):
-            cached = _read_cache(entry, shape)
-            if cached is None:
-                _write_cache(entry, folder, files, image_size, progress)
-                cached = _read_cache(entry, shape)
+        stats = [os.stat(path) for path in paths]
     except OSError as error:
         raise ValueError(
-            f"cannot keep decoded images in {str(entry.parent)!r}: {error.strerror or error}; "
-            f"choose another cache folder"
+            f"cannot read {error.filename!r}: {error.strerror}; fix or remove the file"
         ) from None
-    if cached is None:
-        raise ValueError(f"{str(entry)!r} cannot be read back; choose another cache folder")
-    return Decoded(cached[0], files, cached[1])
+    small = sum(stat.st_size for stat in stats) < _SMALL_FILE_BYTES * len(stats)
+    return cached_images(
+        cache_dir,
+        _cache_key(listing, stats, image_size),
+        count=len(listing),
+        image_size=image_size,
+        decode=lambda: decode_on_threads(
+            len(paths),
+            image_size,
+            lambda row: read_image(paths[row], image_size),
+            threads=1 if small else cores(),
+        ),
+        about={"folder": listing.folder},
+        progress=progress,
+    )
 
 
-def _cache_key(folder: Path, files: tuple[ImageFile, ...], image_size: int) -> str:
+def _cache_key(listing: Listing, stats: list[os.stat_result], image_size: int) -> str:
     digest = hashlib.sha256()
-    digest.update(os.fsencode(f"{FORMAT}\0{image_size}\0{folder}\0"))
-    lines = (f"{f.name}\0{f.size}\0{f.mtime_ns}\0{f.held_out:d}\n" for f in files)
-    digest.update("".join(lines).encode(errors="surrogateescape"))
+    digest.update(os.fsencode(f"{FORMAT}\0{image_size}\0{listing.folder}\0"))
+    rows = zip(listing.names.tolist(), stats, listing.held_out.tolist(), strict=True)
+    digest.update(
+        b"".join(
+            b"%b\0%d\0%d\0%d\n" % (name, stat.st_size, stat.st_mtime_ns, held_out)
+            for name, stat, held_out in rows
+        )
+    )
     return digest.hexdigest()[:32]
 
 
-def _read_cache(
-    entry: Path, shape: tuple[int, ...]
-) -> tuple[NDArray[np.uint8], tuple[int, ...]] | None:
-    """Map a cache entry's images; None when there is none, or it is not what was written."""
-    try:
-        meta = json.loads((entry / "meta.json").read_text())
-        corrupt = tuple(int(row) for row in meta["corrupt"])
-        images: NDArray[np.uint8] = np.load(entry / "images.npy", mmap_mode="r", allow_pickle=False)
-        if images.shape != shape or images.dtype != np.uint8:
-            return None
-        # 0.1 s for 60,000 images of 32 pixels; a disk that filled up leaves holes of zeros.
-        crc = 0
-        for start in range(0, len(images), 4096):
-            crc = zlib.crc32(images[start : start + 4096].data, crc)
-        return (images, corrupt) if crc == meta["crc32"] else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
-        return None
-
-
-def _write_cache(
-    entry: Path,
-    folder: Path,
-    files: tuple[ImageFile, ...],
-    image_size: int,
-    progress: Progress | None,
-) -> None:
-    """Decode into a temporary folder beside `entry`, then rename it into place."""
-    needed, free = 3 * image_size * image_size * len(files), shutil.disk_usage(entry.parent).free
-    if needed > free:
-        raise ValueError(
-            f"decoded images need {needed / 1e9:.1f} GB in {str(entry.parent)!r}, "
-            f"{free / 1e9:.1f} GB are free; choose another cache folder or a smaller image size"
-        )
-    with tempfile.TemporaryDirectory(
-        prefix="writing-", dir=entry.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        building = Path(temporary) / "entry"
-        building.mkdir()
-        corrupt: list[int] = []
-        done, crc = 0, 0
-        with open(building / "images.npy", "wb") as out:
-            header = {
-                "descr": "|u1",
-                "fortran_order": False,
-                "shape": (len(files), 3, image_size, image_size),
-            }
-            np.lib.format.write_array_header_1_0(out, header)
-            for images, unreadable in _decode_chunks(folder, files, image_size):
-                corrupt += [done + row for row in unreadable]
-                crc = zlib.crc32(images.data, crc)
-                out.write(images.data)
-                done += len(images)
-                if progress is not None:
-                    progress(done, len(files))
-        meta = {"crc32": crc, "corrupt": corrupt, "folder": str(folder), "image_size": image_size}
-        (building / "meta.json").write_text(json.dumps(meta))
-        if entry.exists():
-            shutil.rmtree(entry)  # damaged: the caller read it and found it wanting
-        building.rename(entry)
-
-
-def _decode_chunks(
-    folder: Path, files: tuple[ImageFile, ...], image_size: int
+def decode_on_threads(
+    count: int, image_size: int, decode: Callable[[int], NDArray[np.uint8]], *, threads: int
 ) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
-    """Yield (images [n, 3, S, S], rows of corrupt files, left black) in the order of `files`.
+    """Decode rows 0 to count -> (images [n, 3, S, S], rows of corrupt ones, left black), in order.
 
-    Threads, not processes: Pillow decodes and resamples without the interpreter's lock, and a
-    program that holds CUDA's or Ray's threads must not fork.
+    Threads, not processes: Pillow decodes and resamples without the interpreter's lock, and one
+    pass over a folder leaves them little to hand over.
     """
 
-    def decode(start: int) -> tuple[NDArray[np.uint8], list[int]]:
-        chunk = files[start : start + _CHUNK]
-        images = np.zeros((len(chunk), 3, image_size, image_size), np.uint8)
-        unreadable: list[int] = []
-        for row, file in enumerate(chunk):
-            path = f"{folder}/{file.name}"
+    def decode_chunk(start: int) -> tuple[NDArray[np.uint8], list[int]]:
+        rows = range(start, min(start + _CHUNK, count))
+        images = np.zeros((len(rows), 3, image_size, image_size), np.uint8)
+        corrupt: list[int] = []
+        for place, row in enumerate(rows):
             try:
-                with open(path, "rb") as opened:
-                    data = opened.read()
-            except OSError as error:
-                raise ValueError(
-                    f"cannot read {path!r}: {error.strerror}; fix or remove the file"
-                ) from None
-            try:
-                images[row] = decode_image(data, image_size)
-            except MemoryError:
-                raise
-            except Exception:  # Pillow's decoders raise anything from OSError to struct.error
-                unreadable.append(row)
-        return images, unreadable
+                images[place] = decode(row)
+            except CorruptImageError:
+                corrupt.append(place)
+        return images, corrupt
 
-    small = sum(file.size for file in files) < _SMALL_FILE_BYTES * len(files)
-    with ThreadPoolExecutor(1 if small else _cores()) as pool:
-        yield from pool.map(decode, range(0, len(files), _CHUNK))
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(decode_chunk, range(0, count, _CHUNK))

@@ -1,113 +1,219 @@
-"""Contrastive losses: pure functions of the two views' embeddings, and the registry of them.
+# ruff: noqa: N815  (shapes stand in names)
+"""The losses there are, by name, and how a training step calls them.
 
-A loss takes z0_BD and z1_BD, where rows with the same index are two views of one image, and
-returns a scalar. It normalises the embeddings itself and computes in float32 at least, also
-under autocast: similarities divided by a temperature of 0.05 are not safe in bfloat16.
+The losses themselves are pure functions: pair_losses.py, feature_losses.py, and a user's own
+(user_losses.py). Here each is fitted to `Embedded`, what a training step has of a batch, and says
+what of it and of the configuration it needs.
 
-Left out: gathering embeddings of several devices, queues, and labels.
-
-Shapes: B images of a batch, N = 2B embeddings, D width of an embedding.
+Shapes: B images of a batch, D width of an embedding, Q keys of a queue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
 
+from trainer import feature_losses, pair_losses
 from trainer.config import TrainConfig
+from trainer.user_losses import load_function
+from trainer.user_losses import loss_file as loss_file  # for those who copy a user's file
 
-Loss = Callable[[Tensor, Tensor, TrainConfig], Tensor]
-
-# Below this squared distance of two unit vectors float32 holds rounding errors only (2 - 2 cos
-# cancels), and the gradient of the square root would magnify them.
-LEAST_SQUARED_DISTANCE = 1e-7
+Need = Literal["predictor", "target", "queue", "labels"]
+"""What a loss needs beside the two projections; see `Embedded`."""
 
 
-def nt_xent(z0_BD: Tensor, z1_BD: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross entropy of SimCLR.
+class Embedded(NamedTuple):
+    """What a training step has of a batch of B images.
 
-    Chen et al. 2020, https://arxiv.org/abs/2002.05709, equation 1: with s the cosine similarity
-    and j the other view of i, the mean over all N embeddings i of
-
-        -log( exp(s_ij / temperature) / sum over k != i of exp(s_ik / temperature) )
-
-    Identical embeddings give log(N - 1), which is therefore what collapse looks like.
+    z: projections of the two views. p: the predictor's outputs of them. target: the momentum
+    network's projections, without gradient. queue: normalised keys of earlier batches, without
+    gradient, Q >= 0. labels: int64 class numbers.
     """
-    _check(z0_BD, z1_BD)
-    with torch.autocast(z0_BD.device.type, enabled=False):
-        z_ND = normalize(torch.cat([_precise(z0_BD), _precise(z1_BD)]), dim=1)
-        similarity_NN = (z_ND @ z_ND.T) / temperature
-        count = len(z_ND)
-        index_N = torch.arange(count, device=z_ND.device)
-        # in place: N x N is the largest tensor here, and the product's gradient needs only z
-        similarity_NN = similarity_NN.masked_fill_(index_N[:, None] == index_N, float("-inf"))
-        return cross_entropy(similarity_NN, (index_N + count // 2) % count)
+
+    z0_BD: Tensor
+    z1_BD: Tensor
+    p0_BD: Tensor | None = None
+    p1_BD: Tensor | None = None
+    target0_BD: Tensor | None = None
+    target1_BD: Tensor | None = None
+    queue_QD: Tensor | None = None
+    labels_B: Tensor | None = None
 
 
-def margin_contrastive(z0_BD: Tensor, z1_BD: Tensor, margin: float) -> Tensor:
-    """Contrastive loss with a margin, in the form that pytorch-metric-learning made common.
+Compute = Callable[[Embedded, TrainConfig], Tensor]
 
-    With d the Euclidean distance of two normalised embeddings (0 to 2), the sum of two means
 
-        mean of d over the positive pairs + mean of max(0, margin - d) over the negative pairs
+@dataclass(frozen=True)
+class Loss:
+    """A loss as a training step sees it.
 
-    each over its terms above zero only (0 where there are none), so that the many negatives
-    that are already far enough do not dilute the others.
-
-    The original, Hadsell et al. 2006, https://ieeexplore.ieee.org/document/1640964, squares both
-    (d^2 / 2 and max(0, margin - d)^2 / 2), takes plain means and does not normalise.
+    `fields` are the `TrainConfig` fields that `compute` reads, `needs` what of `Embedded` must be
+    there beside the projections. `compute` gives a scalar, float32 at least.
     """
-    _check(z0_BD, z1_BD)
-    with torch.autocast(z0_BD.device.type, enabled=False):
-        z0_BD = normalize(_precise(z0_BD), dim=1)
-        z1_BD = normalize(_precise(z1_BD), dim=1)
-        positive_B = (z0_BD - z1_BD).norm(dim=1)
-        z_ND = torch.cat([z0_BD, z1_BD])
-        square_N = z_ND.square().sum(dim=1)  # 1, or 0 of an embedding that is zero
-        squared_NN = square_N[:, None] + square_N - 2 * (z_ND @ z_ND.T)
-        distance_NN = squared_NN.clamp(min=LEAST_SQUARED_DISTANCE).sqrt()
-        image_N = torch.arange(len(z_ND), device=z_ND.device) % len(z0_BD)
-        short_NN = (margin - distance_NN).masked_fill(image_N[:, None] == image_N, 0)
-        return _mean_above_zero(positive_B) + _mean_above_zero(short_NN.relu())
+
+    description: str
+    compute: Compute
+    fields: tuple[str, ...]
+    needs: frozenset[Need] = frozenset()
 
 
-def _mean_above_zero(terms: Tensor) -> Tensor:
-    return terms.sum() / (terms > 0).sum().clamp(min=1)
+def get_loss(ref: str) -> Loss:
+    """Find a loss by name, `FILE.py:FUNCTION` or `MODULE:FUNCTION`.
 
-
-def _precise(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
-
-
-def _check(z0_BD: Tensor, z1_BD: Tensor) -> None:
-    if z0_BD.ndim != 2 or z0_BD.shape != z1_BD.shape or not len(z0_BD):
+    ValueError in one line: an unknown name, and all that `load_function` refuses.
+    """
+    if ref in LOSSES:
+        return LOSSES[ref]
+    if ":" not in ref:
+        hint = f"{ref}:FUNCTION" if ref.endswith(".py") else "FILE.py:FUNCTION or MODULE:FUNCTION"
         raise ValueError(
-            "a loss needs two embeddings of equal shape [B, D] with B at least 1, "
-            f"got {tuple(z0_BD.shape)} and {tuple(z1_BD.shape)}"
+            f"unknown loss {ref!r}; known: {', '.join(sorted(LOSSES))}; or give {hint}"
         )
+    function, description = load_function(ref)
+    return Loss(
+        description=description,
+        compute=lambda batch, config: function(batch.z0_BD, batch.z1_BD, config),
+        fields=tuple(TrainConfig.model_fields),  # it is given all of them
+    )
 
 
-def get_loss(name: str) -> Loss:
-    """The loss of that name; a ValueError lists the known ones."""
-    if name not in LOSSES:
-        raise ValueError(f"unknown loss {name!r}; known losses: {', '.join(sorted(LOSSES))}")
-    return LOSSES[name]
+def _given(tensor: Tensor | None, what: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"this loss needs {what} in what it is called with; see Embedded")
+    return tensor
 
 
-def _nt_xent(z0_BD: Tensor, z1_BD: Tensor, config: TrainConfig) -> Tensor:
-    """NT-Xent (SimCLR, Chen et al. 2020); uses `temperature`"""
-    return nt_xent(z0_BD, z1_BD, config.temperature)
+def _nt_xent(batch: Embedded, config: TrainConfig) -> Tensor:
+    return pair_losses.nt_xent(batch.z0_BD, batch.z1_BD, config.temperature)
 
 
-def _margin(z0_BD: Tensor, z1_BD: Tensor, config: TrainConfig) -> Tensor:
-    """contrastive loss with a margin (after Hadsell et al. 2006); uses `margin`"""
-    return margin_contrastive(z0_BD, z1_BD, config.margin)
+def _info_nce(batch: Embedded, config: TrainConfig) -> Tensor:
+    return pair_losses.info_nce(
+        batch.z0_BD,
+        batch.z1_BD,
+        _given(batch.target0_BD, "target0_BD"),
+        _given(batch.target1_BD, "target1_BD"),
+        batch.queue_QD,
+        config.temperature,
+    )
+
+
+def _margin(batch: Embedded, config: TrainConfig) -> Tensor:
+    return pair_losses.margin_contrastive(
+        batch.z0_BD, batch.z1_BD, config.margin, squared=config.margin_squared
+    )
+
+
+def _triplet(batch: Embedded, config: TrainConfig) -> Tensor:
+    return pair_losses.triplet(batch.z0_BD, batch.z1_BD, config.triplet_margin)
+
+
+def _dcl(batch: Embedded, config: TrainConfig) -> Tensor:
+    return pair_losses.dcl(batch.z0_BD, batch.z1_BD, config.temperature)
+
+
+def _dclw(batch: Embedded, config: TrainConfig) -> Tensor:
+    return pair_losses.dclw(batch.z0_BD, batch.z1_BD, config.temperature, config.dclw_sigma)
+
+
+def _sigmoid(batch: Embedded, config: TrainConfig) -> Tensor:
+    return pair_losses.sigmoid(batch.z0_BD, batch.z1_BD, config.temperature, config.sigmoid_bias)
+
+
+def _sup_con(batch: Embedded, config: TrainConfig) -> Tensor:
+    labels_B = _given(batch.labels_B, "labels_B")
+    return pair_losses.sup_con(batch.z0_BD, batch.z1_BD, labels_B, config.temperature)
+
+
+def _align_uniform(batch: Embedded, config: TrainConfig) -> Tensor:
+    return pair_losses.align_uniform(
+        batch.z0_BD, batch.z1_BD, config.align_alpha, config.uniform_t, config.uniform_weight
+    )
+
+
+def _barlow_twins(batch: Embedded, config: TrainConfig) -> Tensor:
+    return feature_losses.barlow_twins(batch.z0_BD, batch.z1_BD, config.barlow_lambda)
+
+
+def _vicreg(batch: Embedded, config: TrainConfig) -> Tensor:
+    return feature_losses.vicreg(
+        batch.z0_BD,
+        batch.z1_BD,
+        config.vicreg_invariance,
+        config.vicreg_variance,
+        config.vicreg_covariance,
+    )
+
+
+def _byol(batch: Embedded, config: TrainConfig) -> Tensor:
+    return feature_losses.byol(
+        _given(batch.p0_BD, "p0_BD"),
+        _given(batch.p1_BD, "p1_BD"),
+        _given(batch.target0_BD, "target0_BD"),
+        _given(batch.target1_BD, "target1_BD"),
+    )
+
+
+def _simsiam(batch: Embedded, config: TrainConfig) -> Tensor:
+    return feature_losses.simsiam(
+        _given(batch.p0_BD, "p0_BD"), _given(batch.p1_BD, "p1_BD"), batch.z0_BD, batch.z1_BD
+    )
 
 
 LOSSES: dict[str, Loss] = {
-    "nt_xent": _nt_xent,
-    "margin": _margin,
+    "nt_xent": Loss("NT-Xent (SimCLR, Chen et al. 2020)", _nt_xent, ("temperature",)),
+    "info_nce": Loss(
+        "InfoNCE with a momentum encoder and a queue (MoCo, He et al. 2020)",
+        _info_nce,
+        ("temperature",),
+        frozenset({"target", "queue"}),
+    ),
+    "margin": Loss(
+        "contrastive loss with a margin (Hadsell et al. 2006)",
+        _margin,
+        ("margin", "margin_squared"),
+    ),
+    "triplet": Loss(
+        "triplet loss over all triplets (Schroff et al. 2015)", _triplet, ("triplet_margin",)
+    ),
+    "dcl": Loss("decoupled contrastive loss (Yeh et al. 2022)", _dcl, ("temperature",)),
+    "dclw": Loss(
+        "decoupled contrastive loss, hard positives weighted (Yeh et al. 2022)",
+        _dclw,
+        ("temperature", "dclw_sigma"),
+    ),
+    "sigmoid": Loss(
+        "pairwise sigmoid loss (SigLIP, Zhai et al. 2023)",
+        _sigmoid,
+        ("temperature", "sigmoid_bias"),
+    ),
+    "sup_con": Loss(
+        "supervised contrastive loss, uses the train labels (Khosla et al. 2020)",
+        _sup_con,
+        ("temperature",),
+        frozenset({"labels"}),
+    ),
+    "barlow_twins": Loss("Barlow Twins (Zbontar et al. 2021)", _barlow_twins, ("barlow_lambda",)),
+    "vicreg": Loss(
+        "VICReg (Bardes et al. 2022)",
+        _vicreg,
+        ("vicreg_invariance", "vicreg_variance", "vicreg_covariance"),
+    ),
+    "align_uniform": Loss(
+        "alignment and uniformity (Wang & Isola 2020)",
+        _align_uniform,
+        ("align_alpha", "uniform_t", "uniform_weight"),
+    ),
+    "byol": Loss(
+        "BYOL, with a predictor and a momentum encoder (Grill et al. 2020)",
+        _byol,
+        (),
+        frozenset({"predictor", "target"}),
+    ),
+    "simsiam": Loss(
+        "SimSiam, with a predictor (Chen & He 2020)", _simsiam, (), frozenset({"predictor"})
+    ),
 }

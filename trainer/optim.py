@@ -4,7 +4,8 @@ A schedule is a function of the images seen, never of the optimiser's steps, so 
 same at every batch size and a restored run needs no schedule state. `wsd` is the default because
 between its warm-up and its cool-down, both fractions of the run, the rate does not depend on the
 length of the run, as `cosine`'s does at every point.
-Left out: LARS, and schedules that react to metrics.
+Left out: schedules that react to metrics. LARS is in `lars.py`; gradients are clipped by torch's
+`clip_grad_norm_`, which never waits for the device.
 """
 
 from __future__ import annotations
@@ -17,18 +18,27 @@ import torch
 from torch import nn
 
 from trainer.config import TrainConfig
+from trainer.lars import LARS
 
 Groups = list[dict[str, Any]]
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> Groups:
     # Biases and norm parameters are vectors; decaying them only shrinks the features
-    # (He et al., "Bag of Tricks", arXiv:1812.01187, section 3.1).
+    # (He et al., "Bag of Tricks", arXiv:1812.01187, section 3.1). `adapted` is for LARS, which
+    # leaves vectors alone for the same reason.
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay, "adapted": True},
+        {"params": vectors, "weight_decay": 0.0, "adapted": False},
     ]
+
+
+def _adam(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    # Kingma and Ba, arXiv:1412.6980; the weight decay is part of the gradient, as L2 is.
+    return torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
 
 def _adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
@@ -38,6 +48,10 @@ def _adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
 
 def _sgd(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+
+
+def _lars(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    return LARS(groups, lr=config.learning_rate, momentum=config.momentum, trust=config.lars_trust)
 
 
 def build_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
@@ -69,6 +83,10 @@ def _cosine(progress: float, config: TrainConfig) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (progress - config.warmup) / (1.0 - config.warmup)))
 
 
+def _constant(progress: float, config: TrainConfig) -> float:
+    return _warmup(progress, config)
+
+
 def learning_rate_at(config: TrainConfig, images: float, total_images: int) -> float:
     """Give the learning rate after `images` of `total_images`, from 0 to the peak.
 
@@ -83,11 +101,14 @@ def learning_rate_at(config: TrainConfig, images: float, total_images: int) -> f
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], torch.optim.Optimizer]] = {
+    "adam": _adam,
     "adamw": _adamw,
     "sgd": _sgd,
+    "lars": _lars,
 }
 
 SCHEDULES: dict[str, Callable[[float, TrainConfig], float]] = {
     "wsd": _wsd,
     "cosine": _cosine,
+    "constant": _constant,
 }

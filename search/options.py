@@ -1,0 +1,36 @@
+"""Options that several verbs of the command line share, with their help and defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from search.config import SweepConfig
+
+
+def sweep_option(field: str, *names: str, **more: Any) -> Any:
+    """An option whose help and default are those of a `SweepConfig` field."""
+    info = SweepConfig.model_fields[field]
+    default = "" if info.default is None else f" (default: {info.default})"
+    return typer.Option(*names, help=f"{info.description}{default}", show_default=False, **more)
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Set a field of the trainer; repeatable."),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Of decoded folders. (default: the user's cache folder)", show_default=False),
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch the data set if it is missing.")]
+DataDir = Annotated[str | None, sweep_option("data_dir", "--data-dir")]
+Labelled = Annotated[str | None, sweep_option("labelled", "--labelled")]
+InMemory = Annotated[Literal["auto", "yes", "no"] | None, sweep_option("in_memory", "--in-memory")]
+TrainLimit = Annotated[int | None, sweep_option("train_limit", "--train-limit")]
+ValLimit = Annotated[int | None, sweep_option("val_limit", "--val-limit")]
+TestLimit = Annotated[int | None, sweep_option("test_limit", "--test-limit")]
+SweepDir = Annotated[Path, typer.Argument(metavar="RUNS/NAME", help="A sweep's folder.")]

@@ -1,0 +1,152 @@
+"""What losses and augmentations are worth on CIFAR-10: one factor at a time, three seeds each.
+
+Every loss with the default augmentation, then NT-Xent with less and less of it, all else fixed:
+conv_small, 10,000 train images, 10 epochs, batch 256. Accuracies of the test split (10,000 images)
+after the last epoch, kNN and linear, mean and spread over seeds, beside the untrained encoder.
+Settings that differ between losses stand in `SETTINGS`; everything else is `TrainConfig`'s default.
+Not a benchmark: it runs for about half an hour on two cores, by hand.
+
+    python tests/bench/study_cifar10.py --dataset folder:/tmp/cifar10 [--seeds 3] [--only byol,none]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+AUGMENTATIONS = {
+    "nt_xent, crop + flip": {"augment": "crop,flip"},
+    "nt_xent, crop": {"augment": "crop"},
+    "nt_xent, none": {"augment": "none"},
+}
+SETTINGS: dict[str, dict[str, Any]] = {}
+UNTRAINED = "untrained encoder"
+
+
+def configurations(only: set[str]) -> dict[str, dict[str, Any]]:
+    """Name -> the fields that differ from the default."""
+    from trainer.losses import LOSSES
+
+    every = {name: {"loss": name, **SETTINGS.get(name, {})} for name in LOSSES} | AUGMENTATIONS
+    return {name: fields for name, fields in every.items() if not only or name in only}
+
+
+def one_run(fields: dict[str, Any], untrained: bool) -> dict[str, float]:
+    """Train once in this process; test accuracies and seconds."""
+    from trainer import Diverged, TrainConfig, Trainer
+    from trainer.datasets import load_for
+
+    config = TrainConfig.model_validate(fields)
+    trainer = Trainer(config, load_for(config))
+    started = time.perf_counter()
+    last = None
+    try:
+        for report in trainer.run() if not untrained else ():
+            last = report
+    except Diverged as error:
+        return {"diverged": 1.0, "reason": str(error)}  # type: ignore[dict-item]
+    figures = trainer.test() | {"wall_s": time.perf_counter() - started}
+    if last is not None:
+        figures |= {"rankme": last.rankme, "feature_std": last.feature_std}
+    return figures
+
+
+def in_a_process(fields: dict[str, Any], untrained: bool) -> dict[str, float]:
+    """The same in a process of its own, with one thread."""
+    command = [sys.executable, __file__, "--run", json.dumps([fields, untrained])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{fields}: {done.stderr.strip().splitlines()[-1]}")
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def row(name: str, found: list[dict[str, float]]) -> str:
+    if any("diverged" in figures for figures in found):
+        return f"| {name} | diverged | {found} | | |"
+
+    def spread(key: str) -> str:
+        values = [100 * figures[key] for figures in found]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+    rank = statistics.mean(figures.get("rankme", float("nan")) for figures in found)
+    seconds = statistics.mean(figures["wall_s"] for figures in found)
+    return (
+        f"| {name} | {spread('test_knn_top1')} | {spread('test_linear_top1')} | {rank:.0f} | "
+        f"{seconds:.0f} |"
+    )
+
+
+def report(names: Iterable[str], results: dict[str, list[dict[str, float]]]) -> None:
+    print("| run | kNN, % | linear, % | RankMe | seconds |")
+    print("|-----|--------|-----------|--------|---------|")
+    for name in names:
+        print(row(name, results[name]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", help="cifar10, or folder:PATH of it")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--epochs", type=float, default=10.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="names of runs, separated by commas")
+    parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE for every run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if options.run:
+        fields, untrained = json.loads(options.run)
+        print(json.dumps(one_run(fields, untrained)))
+        return
+
+    import torch
+
+    from search.config import parse_settings
+
+    shared = {
+        "dataset": options.dataset,
+        "train_limit": options.images,
+        "val_limit": 500,
+        "epochs": options.epochs,
+        "report_every": 10**9,
+        "linear_probe": "never",
+        "device": "cpu" if not torch.cuda.is_available() else "cuda",
+        "threads": 1,
+    }
+    only = set(filter(None, options.only.split(",")))
+    runs = {} if only else {UNTRAINED: {}}
+    runs |= configurations(only)
+    jobs = [(name, seed) for name in runs for seed in range(options.seeds)]
+
+    def work(job: tuple[str, int]) -> dict[str, float]:
+        name, seed = job
+        fields = {**shared, **runs[name], **parse_settings(options.set), "seed": seed}
+        found = in_a_process(fields, name == UNTRAINED)
+        print(f"{name}, seed {seed}: {found}", file=sys.stderr)
+        return found
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = list(pool.map(work, jobs))
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for (name, _), figures in zip(jobs, found, strict=True):
+        results[name].append(figures)
+    print(f"{platform.machine()}, torch {torch.__version__}; {' '.join(sys.argv[1:])}")
+    report(runs, results)
+
+
+if __name__ == "__main__":
+    main()

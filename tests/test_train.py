@@ -1,0 +1,264 @@
+"""One run without Ray: its files, patience, the final test, going on after a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from search.train import (
+    BEST,
+    ENCODER,
+    LAST,
+    METRICS,
+    History,
+    Progress,
+    Run,
+    begin,
+    read_run,
+    train,
+)
+from trainer.checkpoint import load_checkpoint
+from trainer.config import TrainConfig
+from trainer.datasets import DataSplits, load_for
+from trainer.export import load_encoder
+from trainer.loop import Report, Trainer
+
+TIMINGS = ("images_per_s", "wall_s", "peak_mem_bytes")
+
+
+def tiny(**changed: Any) -> TrainConfig:
+    base = {"train_limit": 150, "val_limit": 60, "test_limit": 80, "image_size": 16}
+    base |= {"batch_size": 32, "epochs": 3, "projector_hidden": 32, "projector_out": 16}
+    return TrainConfig.model_validate(base | {"threads": 1, "device": "cpu"} | changed)
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSplits:
+    return load_for(tiny())
+
+
+def carry_out(run: Run, data: DataSplits, out: Path, **more: Any) -> dict[str, Any]:
+    return train(begin(run, data, out), data, out, **more)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / METRICS).open(newline="") as file:
+        found = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in found]
+
+
+def test_a_run_leaves_its_configuration_curves_state_and_encoder(
+    data: DataSplits, tmp_path: Path
+) -> None:
+    result = carry_out(Run(tiny(), test=True), data, tmp_path / "run")
+    out = tmp_path / "run"
+    assert TrainConfig(**json.loads((out / "config.json").read_text())) == tiny()
+    assert [int(row["mark"]) for row in rows(out)] == [150, 300, 450]
+    assert [bool(row["linear_top1"]) for row in rows(out)] == [False, False, True]
+    assert json.loads((out / "result.json").read_text()) == result
+    assert result["samples_seen"] == 480
+    assert not result["stopped_early"]
+    assert float(rows(out)[-1]["knn_top1"]) == result["metrics"]["knn_top1"]
+    assert 0.2 < result["metrics"]["test_knn_top1"] <= 1
+    assert 0.2 < result["metrics"]["test_linear_top1"] <= 1
+
+    trainer = Trainer(tiny(), data)
+    trainer.load_state_dict(load_checkpoint(out / LAST).state)
+    exported = load_encoder(out / ENCODER)
+    assert exported.classes == data.classes
+    features = exported.features(data.test.images)
+    torch.testing.assert_close(features, trainer.features(data.test.images), rtol=1e-4, atol=1e-4)
+    assert trainer.test().items() <= result["metrics"].items()
+
+
+def test_the_test_split_is_not_touched_unless_asked(data: DataSplits, tmp_path: Path) -> None:
+    class Untouchable:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(f"test.{name} was read")
+
+    import dataclasses
+
+    guarded = dataclasses.replace(data, test=Untouchable())  # type: ignore[arg-type]
+    result = carry_out(Run(tiny(epochs=1)), guarded, tmp_path / "run")
+    assert not [name for name in result["metrics"] if name.startswith("test")]
+
+
+# ---------------------------------------------------------------------- patience
+
+
+def history_of(values: list[float | None]) -> History:
+    history = History()
+    for mark, value in enumerate(values):
+        history.add({"mark": mark, "knn_top1": value, "rankme": 10.0 - mark})
+    return history
+
+
+def test_history_counts_reports_since_the_best() -> None:
+    assert history_of([]).stale() == 0
+    assert history_of([0.1, 0.2, 0.3]).stale() == 0
+    history = history_of([0.1, 0.3, 0.3, 0.2])  # an equal one is no improvement
+    assert history.stale() == 2
+    assert history.best is not None
+    assert history.best["mark"] == 1
+    assert history_of([None, None, None]).stale() == 2  # without labels: by the rank
+
+
+def test_patience_stops_early_and_keeps_the_best(data: DataSplits, tmp_path: Path) -> None:
+    # at this rate nothing is learned after the first reports
+    config = tiny(lr=0.3, optimizer="sgd", epochs=40, report_every=64, warmup=0.0)
+    result = carry_out(Run(config, patience=3, test=True), data, tmp_path / "run")
+    found = rows(tmp_path / "run")
+    values = [float(row["knn_top1"]) for row in found]
+    best = values.index(max(values))
+    assert result["stopped_early"]
+    assert len(values) == best + 1 + 3 < 40 * 150 // 64
+    assert result["metrics"]["knn_top1"] == values[best]
+    assert load_checkpoint(tmp_path / "run" / BEST).mark == int(found[best]["mark"])
+    assert result["samples_seen"] == int(found[-1]["samples_seen"])
+
+    trainer = Trainer(config, data)
+    trainer.load_state_dict(load_checkpoint(tmp_path / "run" / BEST).state)
+    kept = load_encoder(tmp_path / "run" / ENCODER).features(data.val.images)
+    torch.testing.assert_close(kept, trainer.features(data.val.images), rtol=1e-4, atol=1e-4)
+
+
+def test_patience_that_is_never_lost_trains_to_the_end(data: DataSplits, tmp_path: Path) -> None:
+    result = carry_out(Run(tiny(), patience=50), data, tmp_path / "run")
+    assert not result["stopped_early"]
+    assert result["samples_seen"] == 480
+
+
+# ---------------------------------------------------------------------- going on
+
+
+class StopAfter(Progress):
+    def __init__(self, reports: int) -> None:
+        self.left = reports
+
+    def on_report(self, report: Report) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_cut_and_resumed_equals_uninterrupted(
+    data: DataSplits, tmp_path: Path, patience: int | None
+) -> None:
+    run = Run(tiny(report_every=64, epochs=4, lr=5e-3), patience=patience)
+    whole = carry_out(run, data, tmp_path / "whole")
+    out = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(run, data, out, progress=StopAfter(3))
+    assert not (out / "result.json").exists()
+    # the row of a report whose checkpoint a kill did not let through
+    with (out / METRICS).open("a") as file:
+        file.write("999,999," + "0," * 12 + "\n")
+    result = train(read_run(out), data, out, resume=True)
+    assert rows(out) == rows(tmp_path / "whole")
+    same = [{k: v for k, v in r["metrics"].items() if k not in TIMINGS} for r in (whole, result)]
+    assert same[0] == same[1]
+    assert result["stopped_early"] == whole["stopped_early"]
+
+
+def test_a_finished_run_resumed_stays_as_it_is(data: DataSplits, tmp_path: Path) -> None:
+    carry_out(Run(tiny()), data, tmp_path / "run")
+    before = rows(tmp_path / "run")
+    train(read_run(tmp_path / "run"), data, tmp_path / "run", resume=True)
+    assert rows(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_from_the_command_line(tmp_path: Path) -> None:
+    contrasweep = [sys.executable, "-c", "from search.cli import main; main()"]
+    common = ["--epochs", "6", "--train-limit", "400", "--set", "batch_size=64", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+    def run(*arguments: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [*contrasweep, "train", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(done.stdout)
+
+    whole = run("--out", "whole", *common)
+    victim = subprocess.Popen(
+        [*contrasweep, "train", "--out", "cut", *common],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cut" / LAST).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "cut" / "result.json").exists()
+    resumed = run("--resume", "cut", "--json")
+    for name, value in whole["metrics"].items():
+        if name not in TIMINGS:
+            assert resumed["metrics"][name] == value
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------- a loss of one's own
+
+OWN_LOSS = """
+def pull(z0, z1, config):
+    '''squared distance of the views'''
+    return (z0 - z1).square().mean() * config.temperature
+"""
+
+
+def test_a_loss_of_ones_own_is_copied_and_its_change_is_noticed(
+    data: DataSplits, tmp_path: Path
+) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text(OWN_LOSS)
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(Run(tiny(loss=f"{source}:pull")), data, out, progress=StopAfter(1))
+    assert (out / "loss.py").read_text() == OWN_LOSS
+    source.unlink()  # the copy is enough
+    assert train(read_run(out), data, out, resume=True)["samples_seen"] == 480
+    (out / "loss.py").write_text(OWN_LOSS.replace("square()", "abs()"))
+    with pytest.raises(ValueError, match=r"the loss in .*loss.py has changed"):
+        read_run(out)
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_trained_leaves_no_folder(data: DataSplits, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at most the 150 images"):
+        begin(Run(tiny(batch_size=500)), data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ValueError, match="is not empty; choose another --out, or go on with"):
+        begin(Run(tiny()), data, tmp_path / "full")
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run of 'contrasweep train'"):
+        read_run(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_run(tmp_path)

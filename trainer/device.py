@@ -1,0 +1,52 @@
+"""What a run computes on: its device, its precision, its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one, else the CPU.
+
+    ValueError for a name that is none, and for a CUDA device that is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device must be one of the {count} CUDA devices here, got {name!r}")
+    return device
+
+
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16: as told, or by `auto` where the hardware computes in it."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    # Emulated bfloat16 is slower than float32. The names are private and may go.
+    supported = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in supported)
+
+
+def peak_mem_bytes(device: torch.device) -> int:
+    """Most memory in use so far: the device's on a GPU, the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes but on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """What is drawn from torch's global generators within leaves them as they were."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -1,0 +1,187 @@
+"""Passes over the validation, bank and test images, and what they say of an encoder.
+
+Everything is measured on the encoder's features, in evaluation mode: the encoder is what is kept,
+the projection head is thrown away. Measuring leaves no trace in training: generators are its own
+and seeded alike each time, so that differences between reports are the encoder's.
+
+Shapes: N images of a split, B images of a batch, 3 channels, H height, W width, F features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from trainer.augment import TwoViews, normalise
+from trainer.config import TrainConfig
+from trainer.datasets import DataSplits, Images, Split
+from trainer.device import forked_rng
+from trainer.evaluate import (
+    alignment,
+    collapse,
+    feature_std,
+    knn_top1,
+    rankme,
+    uniformity,
+)
+from trainer.linear_probe import linear_top1
+from trainer.network import statistics_kept
+from trainer.stream import Reader, reader
+
+VIEWED_IMAGES = 1_024
+"""Most validation images whose two views measure alignment and uniformity."""
+BATCH = 512
+"""Images encoded at a time."""
+SETTLED_BATCHES = 100
+"""At the usual momentum of 0.1 the statistics that a norm began with count 3e-5 by then."""
+SEED = 0
+"""Of the measured views: the same for every run, so that runs compare."""
+
+
+class Diverged(RuntimeError):  # noqa: N818
+    """Training went where no further image can help; `reason` says how."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+Autocast = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+class Evaluator:
+    """Measures encoders on one data set's validation and test splits.
+
+    `train` reads the train images: the bank often is the same array, which a GPU need not hold
+    twice. `two_views` makes the views that alignment and uniformity are measured on. Accuracies
+    are None where the data set has no labels.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: DataSplits,
+        train: Reader,
+        two_views: TwoViews,
+        device: torch.device,
+        autocast: Autocast,
+    ) -> None:
+        self._data = data
+        self._two_views = two_views
+        self._device = device
+        self._autocast = autocast
+        self._workers = config.loader_workers
+        self._val = reader(data.val.images, device, self._workers)
+        shared = data.bank.images is data.train.images
+        self._bank = train if shared else reader(data.bank.images, device, self._workers)
+        self._labelled = len(data.bank) > 0
+
+    def measure(self, encoder: nn.Module, *, probe: bool) -> dict[str, float | None]:
+        """Every measure of a `Report`; raises `Diverged` where the features have collapsed.
+
+        `probe` adds the linear classifier's accuracy, which costs seconds on large features.
+        """
+        with _evaluating(encoder):
+            val_NF = self._encode_all(encoder, self._val)
+            reason = collapse(val_NF)
+            if reason is not None and _has_settled(encoder):
+                raise Diverged(reason)
+            if reason is not None and collapse(self._by_batch_statistics(encoder)) is not None:
+                raise Diverged(reason)
+            view0_NF, view1_NF = self._encode_views(encoder)
+            return {
+                **self._accuracies(encoder, val_NF, self._data.val, probe=probe),
+                "alignment": alignment(view0_NF, view1_NF),
+                "uniformity": uniformity(torch.cat([view0_NF, view1_NF])),
+                "rankme": rankme(val_NF),
+                "feature_std": feature_std(val_NF),
+            }
+
+    def test(self, encoder: nn.Module) -> dict[str, float]:
+        """Accuracies on the test split, with the bank of the validation ones."""
+        test = self._data.test
+        if not self._labelled or not len(test):
+            raise ValueError(
+                f"data set {self._data.name!r} has no labelled test images; "
+                "name a labelled source with --labelled"
+            )
+        with _evaluating(encoder):
+            test_NF = self._encode_all(encoder, reader(test.images, self._device, self._workers))
+            found = self._accuracies(encoder, test_NF, test, probe=True)
+        return {f"test_{name}": value for name, value in found.items() if value is not None}
+
+    def features(self, encoder: nn.Module, images: Images) -> Tensor:
+        """Encode uint8 images [N, 3, H, W] in evaluation mode: float32 [N, F] on the CPU."""
+        with _evaluating(encoder):
+            return self._encode_all(encoder, reader(images, self._device, self._workers)).cpu()
+
+    def _accuracies(
+        self, encoder: nn.Module, features_NF: Tensor, split: Split, *, probe: bool
+    ) -> dict[str, float | None]:
+        if not self._labelled:
+            return {"knn_top1": None, "linear_top1": None}
+        bank_NF = self._encode_all(encoder, self._bank)
+        bank_labels_N, labels_N = (
+            torch.from_numpy(part.labels.copy()).to(self._device)
+            for part in (self._data.bank, split)
+        )
+        compared = (bank_NF, bank_labels_N, features_NF, labels_N)
+        return {
+            "knn_top1": knn_top1(*compared, k=20),
+            "linear_top1": linear_top1(*compared) if probe else None,
+        }
+
+    def _by_batch_statistics(self, encoder: nn.Module) -> Tensor:
+        """Features of some validation images, normalised by their own statistics."""
+        first = next(iter(self._val.batches([torch.arange(min(len(self._val), BATCH))])))
+        with statistics_kept(encoder), forked_rng(self._device):
+            encoder.train()
+            features_NF = self._encode(encoder, normalise(first, self._data.mean, self._data.std))
+            encoder.eval()
+        return features_NF
+
+    def _encode_all(self, encoder: nn.Module, images: Reader) -> Tensor:
+        rows = torch.split(torch.arange(len(images)), BATCH)
+        mean, std = self._data.mean, self._data.std
+        return torch.cat(
+            [self._encode(encoder, normalise(part, mean, std)) for part in images.batches(rows)]
+        )
+
+    def _encode_views(self, encoder: nn.Module) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(self._device)
+        generator.manual_seed(SEED)
+        rows = torch.split(torch.arange(min(len(self._val), VIEWED_IMAGES)), BATCH // 2)
+        pairs = [
+            self._encode(encoder, self._two_views(part, generator)).chunk(2)
+            for part in self._val.batches(rows)
+        ]
+        return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+
+    @torch.inference_mode()
+    def _encode(self, encoder: nn.Module, batch_BCHW: Tensor) -> Tensor:
+        with self._autocast():
+            features_BF: Tensor = encoder(batch_BCHW.contiguous(memory_format=torch.channels_last))
+        return features_BF.float()
+
+
+@contextlib.contextmanager
+def _evaluating(encoder: nn.Module) -> Iterator[None]:
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(was_training)
+
+
+def _has_settled(encoder: nn.Module) -> bool:
+    """Whether batch norms have seen enough for their running statistics to be the network's.
+
+    Until then evaluation mode can give one point for all images of a deep network, though nothing
+    has collapsed (EfficientNet).
+    """
+    counts = (getattr(module, "num_batches_tracked", None) for module in encoder.modules())
+    return all(int(count) >= SETTLED_BATCHES for count in counts if count is not None)

@@ -1,0 +1,210 @@
+"""An image file -> `uint8` pixels, and images that stay files until they are needed.
+
+Pillow and numpy alone: what stands here runs in worker processes and never imports torch. Leaves
+out the order of images and batches (`stream.py`) and finding files (`folder.py`).
+
+Shapes: N images of a split, B images of a batch, 3 channels, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+_EXIF_ORIENTATION = 0x0112
+_STATISTICS_VALUES = 30_000_000  # 10,000 images of 32 pixels: 0.1 s; the mean's error is < 1e-3
+_STATISTICS_FILES = 1_000
+"""Files decoded for the statistics: two cores take 4 s for photographs of ImageNet's size, and
+the mean's error is 0.005, a fiftieth of the deviation."""
+
+
+class CorruptImageError(ValueError):
+    """A file that was read and is no image that Pillow can decode."""
+
+
+def decode_image(data: bytes, image_size: int) -> NDArray[np.uint8]:
+    """Decode one file's bytes -> uint8 [3, S, S]: upright, RGB, centre square, antialiased.
+
+    Shorter side to `image_size` and centre crop in one resampling; transparency becomes white,
+    16-bit grey its upper 8 bits. Raises whatever Pillow raises for a corrupt file.
+    """
+    with Image.open(io.BytesIO(data)) as opened:
+        image: Image.Image = opened
+        # JPEG can decode at 1/2, 1/4 or 1/8 for a fraction of the time; twice the wanted size
+        # is kept, so that the resampling below still does the antialiasing.
+        image.draft("RGB", (2 * image_size, 2 * image_size))
+        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        image = _to_rgb(image)
+    if image.size != (image_size, image_size):
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        image = image.resize(
+            (image_size, image_size),
+            Image.Resampling.BICUBIC,
+            box=(left, top, left + side, top + side),
+        )
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit PNG and TIFF: Pillow's own conversion clips at 255
+        grey_SS = np.asarray(image).astype(np.int64)
+        return Image.fromarray((grey_SS.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:  # what lies beneath transparent pixels is arbitrary
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(path: str, image_size: int) -> NDArray[np.uint8]:
+    """Read and decode a file -> uint8 [3, S, S].
+
+    A file that cannot be read is a ValueError in one line, one that cannot be decoded a
+    `CorruptImageError`.
+    """
+    try:
+        with open(path, "rb") as opened:
+            data = opened.read()
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path!r}: {error.strerror}; fix or remove the file"
+        ) from None
+    try:
+        return decode_image(data, image_size)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error
+        raise CorruptImageError(f"{path!r} is corrupt: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """N image files, decoded as they are needed: what stands in for an array [N, 3, S, S].
+
+    A few arrays, not N objects: 1.28 million paths are 50 MB that processes share. Forked
+    workers would copy a list of strings page by page, since reading one writes its reference
+    count; pickled for Ray, arrays stay in its object store, unread and uncopied.
+
+    Attributes: `folder`, absolute; `names`, paths below it in the file system's encoding;
+    `labels`, int64, -1 where unknown; `image_size` S.
+    """
+
+    folder: str
+    names: NDArray[np.bytes_]
+    labels: NDArray[np.int64]
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[N, 3, S, S], as of the array that these would be."""
+        return (len(self), 3, self.image_size, self.image_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array that these would be."""
+        return len(self) * 3 * self.image_size**2
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> ImageFiles:
+        return ImageFiles(self.folder, self.names[rows], self.labels[rows], self.image_size)
+
+    def name(self, row: int) -> str:
+        """Path of a file below `folder`."""
+        return os.fsdecode(bytes(self.names[row]))
+
+    def read(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int]]:
+        """Decode rows -> (uint8 [B, 3, S, S], rows of the corrupt files met on the way).
+
+        Another image stands in for a corrupt one, always the same: the next readable one of its
+        class, or the next of any class where it has no other. A file that cannot be read, or no
+        image that can be decoded, is a ValueError in one line.
+        """
+        images = np.empty((len(rows_B), *self.shape[1:]), np.uint8)
+        corrupt: list[int] = []
+        for place, wanted in enumerate(rows_B.tolist()):
+            for row in self._stand_ins(wanted):
+                path = os.path.join(self.folder, self.name(row))
+                try:
+                    images[place] = read_image(path, self.image_size)
+                    break
+                except CorruptImageError:
+                    corrupt.append(row)
+            else:
+                raise ValueError(
+                    f"none of {len(self)} images of {self.folder!r} can be decoded; "
+                    f"the first is {self.name(0)!r}"
+                )
+        return images, corrupt
+
+    def _stand_ins(self, row: int) -> Iterator[int]:
+        """Yield the row, then the rest of its class, then all others, each from `row` on."""
+        yield row
+        others = np.roll(np.arange(len(self)), -row)[1:]
+        same = self.labels[others] == self.labels[row]
+        yield from others[same].tolist()
+        yield from others[~same].tolist()
+
+    def decoded(self) -> NDArray[np.uint8]:
+        """Decode all of them, on all cores -> uint8 [N, 3, S, S]; meant for samples."""
+        if not len(self):
+            return np.empty(self.shape, np.uint8)
+        with ThreadPoolExecutor(cores()) as pool:
+            one_by_one = np.arange(len(self)).reshape(-1, 1)
+            return np.concatenate([images for images, _ in pool.map(self.read, one_by_one)])
+
+
+Images: TypeAlias = NDArray[np.uint8] | ImageFiles
+"""Images of a split: held in memory, uint8 [N, 3, S, S], or files."""
+
+
+def pixels(images: Images, rows: slice | NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Some of the images as an array [B, 3, S, S], decoded where they are files."""
+    some = images[rows]
+    return some.decoded() if isinstance(some, ImageFiles) else some
+
+
+def channel_statistics(
+    images: Images,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel in [0, 1], of an evenly spaced sample.
+
+    The sample is bounded, read in chunks and summed in integers: quick on any size, exact on
+    any machine; at most 1,000 images where they are files. The deviation is at least 1e-3, so
+    that a constant channel can be divided by it.
+    """
+    per_image = images.shape[2] * images.shape[3]
+    size = min(len(images), max(256, _STATISTICS_VALUES // (3 * per_image)))
+    if isinstance(images, ImageFiles):
+        size = min(size, _STATISTICS_FILES)
+    sample = np.linspace(0, len(images) - 1, size).astype(np.int64)
+    sums_3, squares_3 = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    step = max(1, 1_000_000 // (3 * per_image))
+    for start in range(0, size, step):
+        chunk = pixels(images, sample[start : start + step]).astype(np.int32)
+        sums_3 += chunk.sum(axis=(0, 2, 3), dtype=np.int64)
+        squares_3 += (chunk * chunk).sum(axis=(0, 2, 3), dtype=np.int64)
+    count = size * per_image
+    mean_3 = sums_3 / count / 255
+    std_3 = np.sqrt(np.maximum(squares_3 / count / 255**2 - mean_3**2, 0)).clip(min=1e-3)
+    (m0, m1, m2), (s0, s1, s2) = mean_3.tolist(), std_3.tolist()
+    return (m0, m1, m2), (s0, s1, s2)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
