@@ -42,7 +42,7 @@ def losses(as_json: Json = False) -> None:
     from trainer.losses import LOSSES
 
     known = {
-        name: f"{loss.description}; fields: {', '.join(loss.fields) or 'none'}"
+        name: f"{loss.description}; fields: {', '.join(loss.own_fields) or 'none'}"
         for name, loss in LOSSES.items()
     }
     known["FILE.py:FUNCTION"] = "your own: function(z0, z1, config) -> scalar, z0 and z1 [B, D]"

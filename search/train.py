@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.export import save_encoder
-
 from search.config import write_atomically
 from search.journal import FILE_NAME, TrialState, load_state
 from search.user_files import (
@@ -31,6 +29,7 @@ from search.user_files import (
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import TrainConfig, parse_config
 from trainer.datasets import DataSplits
+from trainer.export import save_encoder
 from trainer.loop import Report, Trainer, check_fits
 
 CONFIG, RUN, METRICS, RESULT = "config.json", "run.json", "metrics.csv", "result.json"

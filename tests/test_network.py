@@ -142,8 +142,6 @@ def test_dropout_is_the_same_in_both_passes_of_a_micro_batch() -> None:
         torch.testing.assert_close(found[0][name], gradient, rtol=1e-7, atol=1e-10, msg=name)
 
 
-
-
 @pytest.mark.slow
 def test_peak_memory_is_that_of_the_micro_batch() -> None:
     def peak_mb(batch: int, micro: int | None) -> float:

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from trainer.order import EndlessShuffle, derived_seed
 
-CPU = torch.device("cpu")
-
 
 @given(
     images=st.integers(1, 60),
@@ -24,7 +22,7 @@ def test_the_order_shows_every_image_equally_often(
     images: int, fraction: float, steps: int, seed: int
 ) -> None:
     size = max(1, int(images * fraction))
-    order = EndlessShuffle(images, seed, CPU)
+    order = EndlessShuffle(images, seed)
     batches = [order.batch(step * size, size) for step in range(steps)]
     assert all(len(batch) == size for batch in batches)
     times = Counter(torch.cat(batches).tolist())
@@ -33,18 +31,18 @@ def test_the_order_shows_every_image_equally_often(
 
 
 def test_the_order_is_shuffled_anew_each_epoch_and_can_start_anywhere() -> None:
-    order = EndlessShuffle(100, 3, CPU)
+    order = EndlessShuffle(100, 3)
     first, second = order.batch(0, 100), order.batch(100, 100)
     assert not torch.equal(first, torch.arange(100))
     assert not torch.equal(first, second)
-    fresh = EndlessShuffle(100, 3, CPU).batch(70, 60)
+    fresh = EndlessShuffle(100, 3).batch(70, 60)
     assert torch.equal(fresh, torch.cat([first[70:], second[:30]]))
 
 
 def test_batches_are_those_of_their_positions() -> None:
-    order = EndlessShuffle(50, 1, CPU)
+    order = EndlessShuffle(50, 1)
     found = list(itertools.islice(order.batches(30, 20), 4))
-    expected = [EndlessShuffle(50, 1, CPU).batch(start, 20) for start in (30, 50, 70, 90)]
+    expected = [EndlessShuffle(50, 1).batch(start, 20) for start in (30, 50, 70, 90)]
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 

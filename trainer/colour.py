@@ -104,7 +104,7 @@ def adjust_hue_(images_NCP: Tensor, turns_N: Tensor) -> Tensor:
 
 def solarize_(images_NCP: Tensor, threshold_N: Tensor) -> Tensor:
     """Invert the values at or above the threshold; a threshold above 1 keeps the image."""
-    # 0 or 1 as float32: comparing into booleans and `where` take three times as long on a CPU
+    # 0 or 1 as float32: comparing into booleans and `where` take twice as long on a CPU
     inverted_NCP = torch.empty_like(images_NCP)
     torch.ge(images_NCP, threshold_N[:, None, None], out=inverted_NCP)
     return images_NCP.lerp_(1 - images_NCP, inverted_NCP)

@@ -78,7 +78,9 @@ class TrainConfig(BaseModel):
         0.2, gt=0, le=4, description="triplet: how much farther a negative must be"
     )
     dclw_sigma: float = Field(0.5, gt=0, le=10, description="dclw: width of the positives' weights")
-    sigmoid_bias: float = Field(-10.0, ge=-50, le=50, description="sigmoid: added to the logits")
+    sigmoid_bias: float = Field(
+        -5.0, ge=-50, le=50, description="sigmoid: added to the logits; -1 / temperature is even"
+    )
     barlow_lambda: float = Field(
         5e-3, ge=0, le=10, description="barlow_twins: weight of the off-diagonal"
     )

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -165,9 +164,7 @@ class Trainer:
         self._two_views = TwoViews(config, data.mean, data.std, self.device)
         self._view_rng = torch.Generator(self.device)
         self._view_rng.manual_seed(derived_seed(config.seed, "views"))
-        in_memory = isinstance(data.train.images, np.ndarray)
-        place = self.device if in_memory else torch.device("cpu")
-        self._order = EndlessShuffle(train_count, config.seed, place)
+        self._order = EndlessShuffle(train_count, config.seed)
         self._images = reader(data.train.images, self.device, config.loader_workers)
         self._batches: Iterator[Tensor] | None = None
         self._evaluator = Evaluator(
@@ -267,7 +264,7 @@ class Trainer:
         if self._train_labels is None:
             return None
         rows = self._order.batch(self.samples_seen, self.config.batch_size)
-        return self._train_labels[rows.to(self.device)]
+        return self._train_labels[rows.to(self.device, non_blocking=True)]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)

@@ -1,4 +1,3 @@
-# ruff: noqa: N815  (shapes stand in names)
 """The losses there are, by name, and how a training step calls them.
 
 The losses themselves are pure functions: pair_losses.py, feature_losses.py, and a user's own
@@ -23,6 +22,12 @@ from trainer.user_losses import loss_file as loss_file  # for those who copy a u
 
 Need = Literal["predictor", "target", "queue", "labels"]
 """What a loss needs beside the two projections; see `Embedded`."""
+
+NEED_FIELDS: dict[Need, str] = {
+    "predictor": "predictor_hidden",
+    "target": "target_momentum",
+    "queue": "queue_size",
+}
 
 
 class Embedded(NamedTuple):
@@ -58,6 +63,11 @@ class Loss:
     compute: Compute
     fields: tuple[str, ...]
     needs: frozenset[Need] = frozenset()
+
+    @property
+    def own_fields(self) -> tuple[str, ...]:
+        """`fields`, and those of what it needs: all that searching this loss may vary."""
+        return self.fields + tuple(NEED_FIELDS[need] for need in NEED_FIELDS if need in self.needs)
 
 
 def get_loss(ref: str) -> Loss:

@@ -16,13 +16,12 @@ class EndlessShuffle:
     """An endless shuffled order of image numbers: one fresh permutation after another.
 
     The permutation of an epoch follows from seed and epoch alone, so that the state of the order
-    is nothing but the number of images seen. `images`: how many there are.
+    is nothing but the number of images seen. `images`: how many there are. All on the CPU.
     """
 
-    def __init__(self, images: int, seed: int, device: torch.device) -> None:
+    def __init__(self, images: int, seed: int) -> None:
         self.images = images
         self._seed = seed
-        self._device = device
         self._orders: dict[int, Tensor] = {}
 
     def batch(self, start: int, size: int) -> Tensor:
@@ -44,8 +43,7 @@ class EndlessShuffle:
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(derived_seed(self._seed, "order", epoch))
-            order = torch.randperm(self.images, generator=generator)
-            self._orders = {epoch: order.to(self._device)}
+            self._orders = {epoch: torch.randperm(self.images, generator=generator)}
         return self._orders[epoch]
 
 

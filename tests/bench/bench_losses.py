@@ -138,15 +138,15 @@ def compare_nt_xent(arguments: argparse.Namespace, device: torch.device) -> None
 
 def table(arguments: argparse.Namespace, device: torch.device) -> None:
     sizes = (256, arguments.batch)
-    print(f"{'ms a step, median of turns':28}" + "".join(f"{size:>10,}" for size in sizes))
+    print(f"{'ms a step, best (median)':26}" + "".join(f"{f'{n:,} images':>24}" for n in sizes))
     for name in LOSSES:
         cells = []
         for size in sizes:
             step = step_of(name, batch_of(size, arguments.width, device))
             step()
-            taken = [seconds(step, 0.05) for _ in range(3)]
-            cells.append(f"{statistics.median(taken) * 1e3:10,.2f}")
-        print(f"{name:28}" + "".join(cells), flush=True)
+            taken = [seconds(step, 0.05) * 1e3 for _ in range(arguments.turns)]
+            cells.append(f"{min(taken):12,.2f} ({statistics.median(taken):9,.2f})")
+        print(f"{name:26}" + "".join(cells), flush=True)
 
 
 def main() -> None:
