@@ -49,13 +49,23 @@ def test_knn_equals_lightly(
     k: int, temperature: float, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_chunks(monkeypatch)
-    bank, bank_labels = labelled(300, 16, 7, noise, 0)
+    bank, bank_labels = labelled(1500, 16, 7, noise, 0)
     queries, answers = labelled(200, 16, 7, noise, 10)
     predicted = knn_predict(
         normalize(queries, dim=1), normalize(bank, dim=1).T, bank_labels, 7, k, temperature
     )[:, 0]
     found = knn_top1(bank, bank_labels, queries, answers, k=k, temperature=temperature)
     assert found == pytest.approx((predicted == answers).double().mean().item())
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(1, 400), k=st.integers(1, 30), seed=st.integers(0, 1000))
+def test_the_largest_are_those_of_topk(count: int, k: int, seed: int) -> None:
+    values, k = torch.randn(7, count, generator=rng(seed)), min(k, count)
+    found, columns = evaluate._largest(values, k)
+    expected, places = values.topk(k, dim=1)
+    assert torch.equal(found, expected)
+    assert torch.equal(columns, places)
 
 
 def test_knn_finds_itself_and_is_blind_to_length() -> None:

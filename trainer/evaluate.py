@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 CHUNK_VALUES = 1 << 23  # of one temporary: 32 MB of float32, 64 MB of float64
+GROUP = 32  # of a bank's columns: near sqrt(N / k), where both searches are short
 RANKME_EPSILON = 1e-7  # the paper's
 COLLAPSED_STD = 0.01
 """`feature_std` below which features are one point. Untrained encoders reach down to .03 (ResNet-34
@@ -64,7 +65,7 @@ def knn_top1(
     right = torch.zeros((), dtype=torch.int64, device=device)
     for part in chunks(len(query_features_MD), len(bank_ND)):
         query_RD, finite_R = _unit_and_finite(query_features_MD[part].to(device))
-        nearest_RK, index_RK = (query_RD @ bank_ND.T).topk(k, dim=1)
+        nearest_RK, index_RK = _largest(query_RD @ bank_ND.T, k)
         # weights relative to the nearest: the same vote, and no overflow at low temperatures
         weights_RK = ((nearest_RK - nearest_RK[:, :1]) / temperature).exp()
         votes_RL = weights_RK.new_zeros(len(query_RD), classes)
@@ -205,6 +206,26 @@ def chunks(rows: int, width: int) -> Iterator[slice]:
 def precise(features: Tensor) -> Tensor:
     """Give features of less than float32's precision in float32, others as they are."""
     return features if features.dtype == torch.float64 else features.float()
+
+
+def _largest(values_RN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, falling, and where they stand: `topk` in half its time.
+
+    They stand in the k groups of neighbouring columns whose maxima are the largest, so that only
+    these groups need to be searched, and the columns that no whole group is left for.
+    """
+    rows, count = values_RN.shape
+    groups = count // GROUP
+    if groups <= 2 * k:
+        return values_RN.topk(k, dim=1)
+    whole = groups * GROUP
+    maxima_RG = values_RN[:, :whole].reshape(rows, groups, GROUP).amax(dim=2)
+    group_RK1 = maxima_RG.topk(k, dim=1).indices[:, :, None]
+    column_N = torch.arange(count, device=values_RN.device)
+    column_RC = (group_RK1 * GROUP + column_N[:GROUP]).flatten(1)
+    column_RC = torch.cat([column_RC, column_N[whole:].expand(rows, -1)], dim=1)
+    found_RK, at_RK = values_RN.gather(1, column_RC).topk(k, dim=1)
+    return found_RK, column_RC.gather(1, at_RK)
 
 
 def _unit_and_finite(features_ND: Tensor) -> tuple[Tensor, Tensor]:

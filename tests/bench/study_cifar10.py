@@ -72,6 +72,13 @@ def in_a_process(fields: dict[str, Any], untrained: bool) -> dict[str, float]:
     return figures
 
 
+def finished_runs(path: Path | None) -> dict[str, dict[str, float]]:
+    """Runs of an interrupted study: name and fields, as JSON -> figures."""
+    if path is None or not path.exists():
+        return {}
+    return dict(json.loads(line) for line in path.read_text().splitlines())
+
+
 def row(name: str, found: list[dict[str, float]]) -> str:
     if any("diverged" in figures for figures in found):
         return f"| {name} | diverged | {found} | | |"
@@ -104,6 +111,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="names of runs, separated by commas")
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE for every run")
+    parser.add_argument(
+        "--results", type=Path, help="file of finished runs, a JSON object a line; they are kept"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -130,14 +140,20 @@ def main() -> None:
     only = set(filter(None, options.only.split(",")))
     runs = {} if only else {UNTRAINED: {}}
     runs |= configurations(only)
-    jobs = [(name, seed) for name in runs for seed in range(options.seeds)]
+    jobs = [(name, seed) for seed in range(options.seeds) for name in runs]
+    finished = finished_runs(options.results)
 
     def work(job: tuple[str, int]) -> dict[str, float]:
         name, seed = job
         fields = {**shared, **runs[name], **parse_settings(options.set), "seed": seed}
-        found = in_a_process(fields, name == UNTRAINED)
-        print(f"{name}, seed {seed}: {found}", file=sys.stderr)
-        return found
+        key = json.dumps([name, fields], sort_keys=True)
+        if key not in finished:
+            finished[key] = in_a_process(fields, name == UNTRAINED)
+            if options.results:
+                with options.results.open("a") as file:
+                    file.write(json.dumps([key, finished[key]]) + "\n")
+        print(f"{name}, seed {seed}: {finished[key]}", file=sys.stderr)
+        return finished[key]
 
     with ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(work, jobs))
