@@ -183,10 +183,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one configuration, without Ray; with --from and --trial, one of a sweep's again."""
-    from search.train import Run, begin, read_run, trial_to_repeat
+    from search.train import Run, read_run, trial_to_repeat
     from search.train import train as run_training
     from search.train_display import TrainDisplay
-    from trainer.loop import Diverged
 
     given = {
         "dataset": dataset,
@@ -218,27 +217,26 @@ def train(
         recorded = source.recorded
     else:
         run = Run(parse_config(fields), patience=patience, test=test)
-    data = _load_data(run.config, download, cache_dir)
+    data = _load_data(run.loading(), download, cache_dir)
     if resume is None:
         folder = (out or Path("runs") / f"train-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
         folder = folder.resolve()
-        run = begin(run, data, folder)
     try:
         with TrainDisplay(err_console) as display:
             result = run_training(run, data, folder, resume=resume is not None, progress=display)
-    except Diverged as error:
-        err_console.print(f"diverged: {error.reason}", soft_wrap=True)
-        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         err_console.print(f"go on with: contrasweep train --resume {folder}", soft_wrap=True)
         raise
-    result["curves"] = str(_write_curves(folder))
+    result["curves"] = str(_write_curves(folder)) if result["metrics"] else None
     if recorded is not None:
         result["recorded"] = recorded.last_report["metrics"] if recorded.last_report else {}
     if as_json:
         print_json(result)
     else:
         print_training(result)
+    if result["diverged"]:
+        err_console.print(f"diverged: {result['diverged']}", soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @app.command()

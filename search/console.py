@@ -102,7 +102,8 @@ def print_training(result: dict[str, Any]) -> None:
         recorded_text = "" if was is None else f"   recorded {was:.6g}"
         out_console.print(f"{name:>16}  {value:.6g}{recorded_text}")
     out_console.print(f"written to {result['dir']}", soft_wrap=True)
-    out_console.print(f"curves: {result['curves']}", soft_wrap=True)
+    if result["curves"]:
+        out_console.print(f"curves: {result['curves']}", soft_wrap=True)
 
 
 def _short(value: Any, digits: int) -> str:

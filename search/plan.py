@@ -71,7 +71,7 @@ def make_plan(
     images were held before, none: as configured.
     """
     from trainer.datasets import load_for
-    from trainer.loop import check_fits, check_names, report_marks
+    from trainer.loop import check_fits, check_names, check_weights, report_marks
 
     source = load_space(config.space)
     space = with_fixed(source, config.base_fields())
@@ -92,6 +92,7 @@ def make_plan(
     )
     for each in configurations:
         check_fits(each, data)
+    check_weights(configurations)
     train = len(data.train.labels)
     total = base.total_images(train)
     rungs: tuple[int, ...] = ()
@@ -192,6 +193,11 @@ def _draw(config: SweepConfig, space: Space, base: TrainConfig) -> Draws:
         for name in SHARED_FIELDS:
             if getattr(drawn[-1], name) != getattr(base, name):
                 raise ValueError(f"a space must not set {name}: it is the same for the whole sweep")
+        if config.objective == "linear_top1" and drawn[-1].linear_probe != "always":
+            raise ValueError(
+                "the objective linear_top1 is fitted at every report; the space sets "
+                f"linear_probe={drawn[-1].linear_probe}, leave it out"
+            )
     choices = [
         choice
         for trial in trials

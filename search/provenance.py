@@ -27,7 +27,10 @@ def describe_data(data: DataSplits) -> dict[str, Any]:
     wherever they lie.
     """
     digest = hashlib.sha256()
-    for split in (data.train, data.val, data.test, data.bank):
+    splits = [data.train, data.val, data.test]
+    if (data.train.labels < 0).any():  # else the bank is a part of train
+        splits.append(data.bank)
+    for split in splits:
         digest.update(split.labels.tobytes())
         digest.update(split.pixels(slice(None, None, max(1, len(split) // 64))).tobytes())
     return {

@@ -227,8 +227,7 @@ class Sweep:
             provenance = {"versions": versions(), "git_commit": git_commit()}
             write_atomically(self.dir / "sweep.yaml", self.config.to_yaml(provenance))
             if plan.space_file is not None:
-                text = plan.space_file.read_text(encoding="utf-8")
-                write_atomically(self.dir / SPACE_COPY, text)
+                write_atomically(self.dir / SPACE_COPY, plan.space_file.read_bytes())
             copy_loss_files(plan.loss_files, self.dir)
             yield Journal.create(self.dir / FILE_NAME)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from search.config import write_atomically
 from search.journal import FILE_NAME, TrialState, load_state
+from search.provenance import describe_data
 from search.user_files import (
     LossFile,
     check_loss_files,
@@ -30,7 +31,7 @@ from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import TrainConfig, parse_config
 from trainer.datasets import DataSplits
 from trainer.export import save_encoder
-from trainer.loop import Report, Trainer, check_fits
+from trainer.loop import Diverged, Report, Trainer
 
 CONFIG, RUN, METRICS, RESULT = "config.json", "run.json", "metrics.csv", "result.json"
 COLUMNS = tuple(field.name for field in fields(Report))
@@ -47,6 +48,14 @@ class Run:
     test: bool = False
     losses: tuple[LossFile, ...] = ()
     """The user's own loss, whose copy in the run's folder is the one that is used."""
+    data_digest: str | None = None
+    """Of the data that it was begun with; None: it is new."""
+    in_memory: str | None = None
+    """How that held its images; None: as the configuration says."""
+
+    def loading(self) -> TrainConfig:
+        """The configuration to load the data by: free memory must not change a run's data."""
+        return self.config.model_copy(update={"in_memory": self.in_memory or self.config.in_memory})
 
 
 @dataclass(frozen=True)
@@ -108,34 +117,12 @@ def trial_to_repeat(sweep_dir: Path, number: int) -> TrialToRepeat:
     if not marks:
         raise ValueError(f"trial {number} of {sweep_dir} made no report: {trial.reason}")
     files = from_json(state.header.get("loss_files", []))
-    check_loss_files(files, sweep_dir)
+    check_loss_files(files, sweep_dir, originals=False)
     config = parse_config(trial.config)
     config = config.model_copy(update={"loss": in_copies(config.loss, files, sweep_dir)})
-    return TrialToRepeat(Run(config, marks), trial)
-
-
-def begin(run: Run, data: DataSplits, out: Path) -> Run:
-    """Make the run's new folder, with its plan; gives the run as it is to be trained.
-
-    ValueError if the folder is there and not empty, or the data do not suit the run.
-    """
-    check_fits(run.config, data)
-    if run.test and not len(data.bank):
-        raise ValueError("--test needs labels; name a labelled source with --labelled")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; choose another --out, or go on with --resume {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    run = replace(run, losses=loss_files([run.config.loss]))
-    copy_loss_files(run.losses, out)
-    write_atomically(out / CONFIG, run.config.model_dump_json(indent=2) + "\n")
-    plan = {
-        "marks": run.marks,
-        "patience": run.patience,
-        "test": run.test,
-        "loss_files": to_json(run.losses),
-    }
-    write_atomically(out / RUN, json.dumps(plan, indent=2) + "\n")
-    return run
+    data = state.header["data"]
+    held = "yes" if data.get("in_memory", True) else "no"
+    return TrialToRepeat(Run(config, marks, data_digest=data["digest"], in_memory=held), trial)
 
 
 def read_run(out: Path) -> Run:
@@ -143,42 +130,91 @@ def read_run(out: Path) -> Run:
     try:
         config = parse_config(json.loads((out / CONFIG).read_text(encoding="utf-8")))
         plan = json.loads((out / RUN).read_text(encoding="utf-8"))
-        marks = plan["marks"] and tuple(plan["marks"])
-        files = from_json(plan["loss_files"])
-        run = Run(config, marks, plan["patience"], plan["test"], files)
+        plan["marks"] = plan["marks"] and tuple(plan["marks"])
+        plan["losses"] = from_json(plan["losses"])
+        run = Run(config, **plan)
     except OSError as error:
         raise ValueError(f"{out} holds no run of 'contrasweep train': {error}") from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{out / RUN} or {CONFIG} is damaged: {error!r}") from None
-    check_loss_files(files, out)
+    check_loss_files(run.losses, out)
     return run
 
 
 def train(
     run: Run, data: DataSplits, out: Path, *, resume: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Train a run that was begun in `out`, or go on with it; returns what result.json holds.
+    """Train a run into the new folder `out`, or go on with the one there; gives its result.json.
 
     With patience, the encoder that is tested and exported is that of the best report, else that
     of the last. With `test`, the test split is used once, at the end. Metrics are those of the
-    report whose encoder was kept.
+    report whose encoder was kept. A run that diverges has the reason under `diverged`, and no
+    encoder. ValueError, and nothing is written: the folder is not empty, the data do not suit
+    the run or have changed since it began, or a part of the configuration cannot be had.
     """
     started = time.monotonic()
     progress = progress or Progress()
+    if run.data_digest not in (None, describe_data(data)["digest"]):
+        raise ValueError(
+            f"the data set {data.name} has changed since the run began; restore it or start anew"
+        )
+    if run.test and not (len(data.bank) and len(data.test)):
+        raise ValueError("--test needs labelled test images; name a source with --labelled")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another --out, or go on with --resume {out}")
     loss = in_copies(run.config.loss, run.losses, out)
     trainer = Trainer(run.config.model_copy(update={"loss": loss}), data, marks=run.marks)
+    if not resume:
+        run = _begin(run, data, out)
     history = _continued(trainer, out) if resume else History()
     progress.on_start(trainer.marks[-1])
     progress.on_step(trainer.samples_seen)
 
-    def enough() -> bool:
-        return run.patience is not None and history.stale() >= run.patience
+    result: dict[str, Any] = {"dir": str(out), "metrics": {}, "diverged": None}
+    try:
+        _train_to_the_end(run, trainer, history, out, progress)
+    except Diverged as error:
+        result |= {"diverged": error.reason, "metrics": _known(history.rows[-1:])}
+    stopped_early = _has_waited(run, history) and history.rows[-1]["mark"] < trainer.marks[-1]
+    result |= {"samples_seen": trainer.samples_seen, "stopped_early": stopped_early}
+    if result["diverged"] is None:
+        result["metrics"] = _keep(run, trainer, history, data, out)
+    result["wall_s"] = round(time.monotonic() - started, 3)
+    write_atomically(out / RESULT, json.dumps(result, indent=2) + "\n")
+    return result
 
+
+def _begin(run: Run, data: DataSplits, out: Path) -> Run:
+    """Make the run's new folder, with its plan; gives the run as a later session will read it."""
+    out.mkdir(parents=True, exist_ok=True)
+    described = describe_data(data)
+    run = replace(
+        run,
+        losses=loss_files([run.config.loss]),
+        data_digest=described["digest"],
+        in_memory="yes" if described["in_memory"] else "no",
+    )
+    copy_loss_files(run.losses, out)
+    write_atomically(out / CONFIG, run.config.model_dump_json(indent=2) + "\n")
+    plan = {f.name: getattr(run, f.name) for f in fields(Run) if f.name != "config"}
+    plan["losses"] = to_json(run.losses)
+    write_atomically(out / RUN, json.dumps(plan, indent=2) + "\n")
+    return run
+
+
+def _has_waited(run: Run, history: History) -> bool:
+    return run.patience is not None and history.stale() >= run.patience
+
+
+def _train_to_the_end(
+    run: Run, trainer: Trainer, history: History, out: Path, progress: Progress
+) -> None:
+    """Train to the last mark, or until patience is lost, writing down each report."""
     write_atomically(out / METRICS, _as_csv(history.rows))
     with (out / METRICS).open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         reports = trainer.run(progress.on_step)
-        while not enough() and (report := next(reports, None)) is not None:
+        while not _has_waited(run, history) and (report := next(reports, None)) is not None:
             row = asdict(report)
             writer.writerow(row)
             file.flush()
@@ -189,14 +225,19 @@ def train(
             save_checkpoint(out / LAST, state, run.config, report.mark)
             progress.on_report(report)
 
-    stopped_early = enough() and history.rows[-1]["mark"] < trainer.marks[-1]
-    seen = trainer.samples_seen
+
+def _keep(
+    run: Run, trainer: Trainer, history: History, data: DataSplits, out: Path
+) -> dict[str, Any]:
+    """Export the encoder that is kept; gives what is known of it."""
     kept = history.rows[-1]
     if run.patience is not None:
         assert history.best is not None
         kept = history.best
         trainer.load_state_dict(load_checkpoint(out / BEST).state)
-    metrics = {name: value for name, value in kept.items() if value is not None}
+        if kept["linear_top1"] is None and run.config.linear_probe != "never":
+            kept = {**kept, "linear_top1": trainer.linear_top1()}
+    metrics = _known([kept])
     if run.test:
         metrics |= trainer.test()
     save_encoder(
@@ -208,29 +249,29 @@ def train(
         std=data.std,
         classes=data.classes,
     )
-    result = {
-        "dir": str(out),
-        "metrics": metrics,
-        "samples_seen": seen,
-        "stopped_early": stopped_early,
-        "wall_s": round(time.monotonic() - started, 3),
-    }
-    write_atomically(out / RESULT, json.dumps(result, indent=2) + "\n")
-    return result
+    return metrics
+
+
+def _known(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for row in rows for name, value in row.items() if value is not None}
 
 
 def _continued(trainer: Trainer, out: Path) -> History:
     """Load the last checkpoint, if the run came to one, and the reports up to it."""
+    history = History()
     if not (out / LAST).exists():
-        return History()
+        return history
     checkpoint = load_checkpoint(out / LAST)
     trainer.load_state_dict(checkpoint.state)
-    history = History()
-    with (out / METRICS).open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            # a kill may have left the row of a report whose checkpoint was not written
-            if row["mark"] and int(row["mark"]) <= checkpoint.mark:
-                history.add({name: _number(text) for name, text in row.items()})
+    if (out / METRICS).exists():
+        with (out / METRICS).open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                # A kill may have left half a row, or that of a report without its checkpoint.
+                if row[COLUMNS[-1]] and int(row["mark"]) <= checkpoint.mark:
+                    history.add({name: _number(text) for name, text in row.items()})
+    last = checkpoint.state["last_report"]
+    if last is not None and (not history.rows or history.rows[-1]["mark"] < checkpoint.mark):
+        history.add(last)
     return history
 
 

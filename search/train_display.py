@@ -51,5 +51,5 @@ class TrainDisplay(Progress):
             f"loss {report.train_loss:.3f}  {'  '.join(shown) or f'rankme {report.rankme:.1f}'}  "
             f"{report.images_per_s:,.0f}/s"
         )
-        self._console.print(line)
+        self._console.print(line, soft_wrap=True)
         self._bar.update(self._task, text=shown[0] if shown else "")

@@ -27,6 +27,8 @@ class LossFile:
 
     path: str
     """As the loss's reference has it, before the colon."""
+    original: str
+    """Where that was when the trials began, as an absolute path."""
     copy: str
     sha256: str
 
@@ -58,15 +60,14 @@ def loss_files(refs: Iterable[str]) -> tuple[LossFile, ...]:
         file = loss_file(ref)
         if file is not None and path.endswith(".py") and path not in found:
             copy = LOSS_COPY if not found else f"loss-{len(found) + 1}.py"
-            found[path] = LossFile(path, copy, str(sha256(file)))
+            found[path] = LossFile(path, str(file), copy, str(sha256(file)))
     return tuple(found.values())
 
 
 def copy_loss_files(files: Iterable[LossFile], folder: Path) -> None:
     """Write each file's copy into the folder."""
     for file in files:
-        text = Path(file.path).expanduser().read_text(encoding="utf-8")
-        write_atomically(folder / file.copy, text)
+        write_atomically(folder / file.copy, Path(file.original).read_bytes())
 
 
 def in_copies(ref: str, files: Iterable[LossFile], folder: Path) -> str:
@@ -76,13 +77,16 @@ def in_copies(ref: str, files: Iterable[LossFile], folder: Path) -> str:
     return f"{folder / copies[path]}:{function}" if path in copies else ref
 
 
-def check_loss_files(files: Iterable[LossFile], folder: Path) -> None:
-    """ValueError if a copy, or its original where that still exists, has changed."""
+def check_loss_files(files: Iterable[LossFile], folder: Path, *, originals: bool = True) -> None:
+    """ValueError if a copy has changed, or with `originals` a file that still exists.
+
+    What goes on is refused when its author changed the file, who would expect it to count.
+    """
     for file in files:
         copy = folder / file.copy
-        for path in (copy, Path(file.path).expanduser()):
-            if path == copy and not path.exists():
-                raise ValueError(f"{path}, the loss of these trials, is gone; restore it")
+        if not copy.exists():
+            raise ValueError(f"{copy}, the loss of these trials, is gone; restore it")
+        for path in (copy, Path(file.original)) if originals else (copy,):
             if path.exists() and sha256(path) != file.sha256:
                 raise ValueError(
                     f"the loss in {path} has changed since the trials began; restore it or start "

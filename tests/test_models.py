@@ -23,7 +23,6 @@ from trainer.models import (
     build_encoder,
     check_encoder,
     load_encoder_weights,
-    parameter_count,
 )
 from trainer.torchvision_models import RemovedHead
 
@@ -62,6 +61,10 @@ FAMILIES = {
     "torchvision:vit_b_16": 32,
 }
 QUICK = ("conv_small", "resnet18", "vgg11", "vit_tiny", "torchvision:squeezenet1_1")
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def marked(name: str, *values: Any) -> Any:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.averages import MovingAverage
 from trainer.config import TrainConfig
 from trainer.lars import LARS
-from trainer.models import ProjectionHead
+from trainer.models import ProjectionHead, build_encoder
 from trainer.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_at
 
 TOTAL = 10_000
@@ -210,3 +210,12 @@ def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
     assert clipped.norm() == pytest.approx(0.5, rel=1e-5)
     assert clipped.std() == pytest.approx(0, abs=1e-6)  # only shortened, not turned
     assert gradients(1e-3).unique().tolist() == pytest.approx([1e-3])
+
+
+def test_a_transformers_token_and_positions_do_not_decay() -> None:
+    encoder, _ = build_encoder("vit_tiny", 8)
+    groups = build_optimizer(TrainConfig(weight_decay=0.5), encoder).param_groups
+    decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in encoder.named_parameters():
+        a_vector = name in ("class_token", "encoder.pos_embedding") or parameter.ndim == 1
+        assert (id(parameter) in decaying) != a_vector, name

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from search.cli import app
-from search.train import Run, begin, train
+from search.train import Run, train
 from spaces import load_space, run_space
 from trainer.config import TrainConfig, parse_config
 from trainer.datasets import load_for
@@ -71,8 +71,7 @@ def test_the_exported_encoder_is_used_as_the_readme_says(
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(epochs=1, train_limit=300, batch_size=64)
     data = load_for(config)
-    out = Path("runs/barlow")
-    train(begin(Run(config), data, out), data, out)
+    train(Run(config), data, Path("runs/barlow"))
     scope: dict[str, Any] = {"images": data.test.images[:5]}
     exec(source[1], scope)
     assert scope["features"].shape == (5, 192)

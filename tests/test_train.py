@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ from search.train import (
     History,
     Progress,
     Run,
-    begin,
     read_run,
     train,
 )
 from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
-from trainer.datasets import DataSplits, load_for
+from trainer.datasets import DataSplits, Split, load_for
 from trainer.export import load_encoder
 from trainer.loop import Report, Trainer
 
@@ -48,7 +48,7 @@ def data() -> DataSplits:
 
 
 def carry_out(run: Run, data: DataSplits, out: Path, **more: Any) -> dict[str, Any]:
-    return train(begin(run, data, out), data, out, **more)
+    return train(run, data, out, **more)
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -81,16 +81,13 @@ def test_a_run_leaves_its_configuration_curves_state_and_encoder(
     assert trainer.test().items() <= result["metrics"].items()
 
 
-def test_the_test_split_is_not_touched_unless_asked(data: DataSplits, tmp_path: Path) -> None:
-    class Untouchable:
-        def __getattr__(self, name: str) -> Any:
-            raise AssertionError(f"test.{name} was read")
-
-    import dataclasses
-
-    guarded = dataclasses.replace(data, test=Untouchable())  # type: ignore[arg-type]
-    result = carry_out(Run(tiny(epochs=1)), guarded, tmp_path / "run")
+def test_the_test_split_is_not_used_unless_asked(data: DataSplits, tmp_path: Path) -> None:
+    none = Split(data.test.images[:0], data.test.labels[:0])
+    without = replace(data, test=none)
+    result = carry_out(Run(tiny(epochs=1)), without, tmp_path / "run")
     assert not [name for name in result["metrics"] if name.startswith("test")]
+    with pytest.raises(ValueError, match="--test needs labelled test images"):
+        carry_out(Run(tiny(epochs=1), test=True), without, tmp_path / "test")
 
 
 # ---------------------------------------------------------------------- patience
@@ -123,6 +120,7 @@ def test_patience_stops_early_and_keeps_the_best(data: DataSplits, tmp_path: Pat
     assert result["stopped_early"]
     assert len(values) == best + 1 + 3 < 40 * 150 // 64
     assert result["metrics"]["knn_top1"] == values[best]
+    assert 0 < result["metrics"]["linear_top1"] <= 1  # fitted to the kept encoder at the end
     assert load_checkpoint(tmp_path / "run" / BEST).mark == int(found[best]["mark"])
     assert result["samples_seen"] == int(found[-1]["samples_seen"])
 
@@ -163,7 +161,7 @@ def test_cut_and_resumed_equals_uninterrupted(
     assert not (out / "result.json").exists()
     # the row of a report whose checkpoint a kill did not let through
     with (out / METRICS).open("a") as file:
-        file.write("999,999," + "0," * 12 + "\n")
+        file.write("999,999," + "0," * 12 + "\n3")  # and the beginning of another
     result = train(read_run(out), data, out, resume=True)
     assert rows(out) == rows(tmp_path / "whole")
     same = [{k: v for k, v in r["metrics"].items() if k not in TIMINGS} for r in (whole, result)]
@@ -230,11 +228,11 @@ def test_a_loss_of_ones_own_is_copied_and_its_change_is_noticed(
     data: DataSplits, tmp_path: Path
 ) -> None:
     source = tmp_path / "mine.py"
-    source.write_text(OWN_LOSS)
+    source.write_bytes(OWN_LOSS.encode().replace(b"\n", b"\r\n"))  # as an editor may have it
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         carry_out(Run(tiny(loss=f"{source}:pull")), data, out, progress=StopAfter(1))
-    assert (out / "loss.py").read_text() == OWN_LOSS
+    assert (out / "loss.py").read_bytes() == source.read_bytes()
     source.unlink()  # the copy is enough
     assert train(read_run(out), data, out, resume=True)["samples_seen"] == 480
     (out / "loss.py").write_text(OWN_LOSS.replace("square()", "abs()"))
@@ -246,13 +244,41 @@ def test_a_loss_of_ones_own_is_copied_and_its_change_is_noticed(
 
 
 def test_what_cannot_be_trained_leaves_no_folder(data: DataSplits, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size must be at most the 150 images"):
-        begin(Run(tiny(batch_size=500)), data, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    out = tmp_path / "run"
+    weights = tmp_path / "weights.pt"
+    torch.save({"weight": torch.zeros(2)}, weights)
+    for config, message in (
+        (tiny(batch_size=500), "batch_size must be at most the 150 images"),
+        (tiny(device="cuda:99"), "device must be one of"),
+        (tiny(encoder_weights=str(weights)), "do not fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(Run(config), data, out)
+        assert not out.exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     with pytest.raises(ValueError, match="is not empty; choose another --out, or go on with"):
-        begin(Run(tiny()), data, tmp_path / "full")
+        train(Run(tiny()), data, tmp_path / "full")
+
+
+def test_other_data_are_refused(data: DataSplits, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(Run(tiny()), data, tmp_path / "run", progress=StopAfter(1))
+    run = read_run(tmp_path / "run")
+    assert run.loading().in_memory == "yes"
+    images = data.train.images.copy()
+    images[0] = 255 - images[0]
+    other = replace(data, train=replace(data.train, images=images))
+    with pytest.raises(ValueError, match="the data set digits has changed since the run began"):
+        train(run, other, tmp_path / "run", resume=True)
+
+
+def test_a_run_that_diverges_says_why(data: DataSplits, tmp_path: Path) -> None:
+    config = tiny(loss="vicreg", optimizer="sgd", lr=100, warmup=0)
+    result = train(Run(config), data, tmp_path / "run")
+    assert "finite" in result["diverged"]
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert not (tmp_path / "run" / ENCODER).exists()
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:

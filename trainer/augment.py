@@ -79,13 +79,10 @@ class TwoViews:
         self._chunk_bytes = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
 
     @torch.no_grad()
-    def __call__(
-        self, images_BCSS: Tensor, generator: torch.Generator, out: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, images_BCSS: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 [B,3,S,S] -> normalised float32 [2B,3,S,S]: all first views, then all second.
 
-        Deterministic for a given state of `generator`, which must be on the same device. `out`
-        is written to and returned if given; it must not be needed by a backward pass any more.
+        Deterministic for a given state of `generator`, which must be on the same device.
         """
         if images_BCSS.dtype != torch.uint8 or images_BCSS.ndim != 4:
             raise ValueError(
@@ -103,13 +100,7 @@ class TwoViews:
             )
         images_NCSS = torch.cat([images_BCSS, images_BCSS])
         parameters = sample_parameters(self.config, 2 * count, size, generator)
-        if out is None:
-            out = torch.empty(images_NCSS.shape, device=self.device)
-        elif out.shape != images_NCSS.shape or not out.is_contiguous():
-            raise ValueError(
-                f"out must be contiguous of shape {tuple(images_NCSS.shape)}, "
-                f"got {tuple(out.shape)} with strides {out.stride()}"
-            )
+        out = torch.empty(images_NCSS.shape, device=self.device)
         chunk = max(1, self._chunk_bytes // (4 * channels * size * size))
         with torch.autocast(self.device.type, enabled=False):  # bfloat16 would blur the crop
             for start in range(0, 2 * count, chunk):

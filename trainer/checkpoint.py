@@ -8,6 +8,7 @@ Left out: the choice of what to keep and when; that is the caller's.
 from __future__ import annotations
 
 import os
+import pickle
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 
 from trainer.config import TrainConfig, parse_config
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a new version can no longer read the old files."""
 
 
@@ -70,8 +71,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path} does not exist; check the path") from None
     except Exception as error:  # a broken file raises a dozen types, by where it is broken
-        why = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"checkpoint {path} cannot be read, use an earlier one: {why}") from None
+        raise ValueError(
+            f"checkpoint {path} cannot be read, use an earlier one: {why_unreadable(error)}"
+        ) from None
     match content:
         case {
             "format": int(version),
@@ -95,3 +97,13 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def why_unreadable(error: Exception) -> str:
+    """In a few words, why torch could not read a file of tensors.
+
+    Torch's own text on what is more than tensors proposes to load it unsafely.
+    """
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values, or is damaged"
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -33,7 +34,7 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Emulated bfloat16 is slower than float32. The names are private and may go.
     supported = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in supported)
@@ -50,3 +51,17 @@ def peak_mem_bytes(device: torch.device) -> int:
 def forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """What is drawn from torch's global generators within leaves them as they were."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@contextlib.contextmanager
+def seeded_rng(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's global generators of the CPU and of this device, seeded within, as before after.
+
+    `torch.manual_seed` would seed every GPU, also those that others compute on.
+    """
+    with forked_rng(device):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -15,7 +15,6 @@ Shapes: B images of a batch, 2B views, 3 channels, H height, W width, F features
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
@@ -32,16 +31,24 @@ from trainer.augment import TwoViews
 from trainer.averages import MovingAverage
 from trainer.config import TrainConfig
 from trainer.datasets import DataSplits, Images
-from trainer.device import forked_rng, peak_mem_bytes, pick_device, uses_bfloat16
+from trainer.device import peak_mem_bytes, pick_device, seeded_rng, uses_bfloat16
 from trainer.evaluator import Diverged, Evaluator
 from trainer.losses import get_loss
-from trainer.models import check_encoder, load_encoder_weights
+from trainer.models import build_encoder, check_encoder, load_encoder_weights
 from trainer.network import ContrastiveNetwork
 from trainer.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_at
 from trainer.order import EndlessShuffle, derived_seed
 from trainer.stream import reader
 
-__all__ = ["Diverged", "Report", "Trainer", "check_fits", "check_names", "report_marks"]
+__all__ = [
+    "Diverged",
+    "Report",
+    "Trainer",
+    "check_fits",
+    "check_names",
+    "check_weights",
+    "report_marks",
+]
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,15 @@ def check_fits(config: TrainConfig, data: DataSplits) -> None:
         )
 
 
+def check_weights(configs: Iterable[TrainConfig]) -> None:
+    """Raise a one-line ValueError if `encoder_weights` do not fit an encoder; loads each once."""
+    pairs = {(c.encoder, c.image_size, c.encoder_weights) for c in configs}
+    for encoder, image_size, weights in pairs:
+        if weights is not None:
+            with seeded_rng(torch.device("cpu"), 0):
+                load_encoder_weights(build_encoder(encoder, image_size)[0], Path(weights))
+
+
 def report_marks(total_images: int, every: int, extra: Iterable[int] = ()) -> tuple[int, ...]:
     """List the marks of a run, rising: each multiple of `every`, each of `extra`, and the end.
 
@@ -149,7 +165,7 @@ class Trainer:
         self._train_labels: Tensor | None = None
         if "labels" in self._loss.needs:
             self._train_labels = torch.from_numpy(data.train.labels.copy()).to(self.device)
-        with self._seeded("weights"):
+        with seeded_rng(self.device, derived_seed(config.seed, "weights")):
             self._network = ContrastiveNetwork(config, self._loss)
         if config.encoder_weights is not None:
             load_encoder_weights(self._network.encoder, Path(config.encoder_weights))
@@ -231,14 +247,15 @@ class Trainer:
 
     def _step(self) -> Tensor:
         size = self.config.batch_size
-        # The rate at the batch's middle: neither the first step nor the last is wasted on 0.
-        lr = learning_rate_at(self.config, self.samples_seen + size / 2, self.total_images)
+        # The rate at the middle of the batch, or of what is left of the run: neither the first
+        # step nor the last is wasted on 0.
+        middle = self.samples_seen + min(size, self.total_images - self.samples_seen) / 2
+        lr = learning_rate_at(self.config, middle, self.total_images)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
         views_2BCHW = self._two_views(self._next_images(), self._view_rng)
-        views_2BCHW = views_2BCHW.contiguous(memory_format=torch.channels_last)
-        with self._seeded("dropout", self.samples_seen):
+        with seeded_rng(self.device, derived_seed(self.config.seed, "dropout", self.samples_seen)):
             with self._autocast():
                 features_2BF = self._network.encode(views_2BCHW)
                 embedded = self._network.embed(features_2BF, views_2BCHW, self._batch_labels())
@@ -269,14 +286,11 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
-    @contextlib.contextmanager
-    def _seeded(self, purpose: str, number: int = 0) -> Iterator[None]:
-        """Torch's global generators, which initial weights and dropout draw from, seeded."""
-        with forked_rng(self.device):
-            torch.manual_seed(derived_seed(self.config.seed, purpose, number))
-            yield
-
     # ------------------------------------------------------------------ measuring
+
+    def linear_top1(self) -> float | None:
+        """Accuracy of a linear classifier on val, now; None without labels."""
+        return self._evaluator.measure(self.encoder, probe=True)["linear_top1"]
 
     def test(self) -> dict[str, float]:
         """Accuracies on the test split: `test_knn_top1` and `test_linear_top1`.

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import torchvision_models
+from trainer.checkpoint import why_unreadable
 from trainer.torchvision_models import RemovedHead
 
 SMALL_IMAGE = 64
@@ -202,11 +203,6 @@ def build_encoder(name: str, image_size: int) -> tuple[nn.Module, int]:
     return encoder.to(memory_format=torch.channels_last), feature_dim
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Count the trainable numbers of a module."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
 # ---------------------------------------------------------------------- weights from a file
 
 
@@ -251,8 +247,9 @@ def _read_state(path: Path) -> dict[str, Any]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises a dozen types, by where it is broken
-        why = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"encoder weights {path} cannot be read, use others: {why}") from None
+        raise ValueError(
+            f"encoder weights {path} cannot be read, use others: {why_unreadable(error)}"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

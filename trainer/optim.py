@@ -25,11 +25,15 @@ Groups = list[dict[str, Any]]
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> Groups:
     # Biases and norm parameters are vectors; decaying them only shrinks the features
-    # (He et al., "Bag of Tricks", arXiv:1812.01187, section 3.1). `adapted` is for LARS, which
-    # leaves vectors alone for the same reason.
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    # (He et al., "Bag of Tricks", arXiv:1812.01187, section 3.1). So are a vision transformer's
+    # class token and, one a patch, its position embedding. `adapted` is for LARS, which leaves
+    # vectors alone for the same reason.
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            is_vector = parameter.ndim <= 1 or name.endswith(("class_token", "pos_embedding"))
+            (vectors if is_vector else matrices).append(parameter)
     return [
         {"params": matrices, "weight_decay": weight_decay, "adapted": True},
         {"params": vectors, "weight_decay": 0.0, "adapted": False},

@@ -153,7 +153,7 @@ class FileReader:
         self, pieces: Iterator[NDArray[np.int64]], piece_images: int, sizes: deque[int]
     ) -> Iterator[NDArray[np.uint8]]:
         """Yield the pixels of each piece in turn; they are overwritten when the next is asked."""
-        first = list(itertools.islice(pieces, max(1, self._workers)))
+        first = list(itertools.islice(pieces, max(2, self._workers)))
         workers = min(self._workers, len(first))
         pieces = itertools.chain(first, pieces)
         if workers == 0 or len(first) == 1:  # not worth a process

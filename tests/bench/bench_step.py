@@ -96,7 +96,7 @@ def measure(encoder: str, arguments: argparse.Namespace) -> None:
     full_s, bare_s, clock = [], [], CLOCKS[arguments.clock]
     steps = arguments.steps if encoder == "conv_small" else max(1, arguments.steps // 8)
     for step in (trainer._step, bare):
-        seconds(step, 2, trainer.device, clock)  # warm-up
+        seconds(step, 1, trainer.device, clock)  # warm-up
     for _ in range(arguments.turns):
         full_s.append(seconds(trainer._step, steps, trainer.device, clock))
         bare_s.append(seconds(bare, steps, trainer.device, clock))
