@@ -5,11 +5,14 @@
 # PYTHON=python3.12        the interpreter that makes .venv (3.11 or newer)
 # PIP_FLAGS=...            for pip install, such as another index of torch's wheels
 # DEMO_FLAGS=, PYTEST_FLAGS=   passed on
+# JOBS=2                   test files at a time
+# CONTRASWEEP_CIFAR10=DIR  CIFAR-10 as a folder of images, for the benchmarks; else they make noise
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,8 +30,9 @@ demo: $(VENV)/installed
 	$(BIN)/contrasweep sweep --out runs --name $(NAME) $(DEMO_FLAGS)
 	@echo "report: $(CURDIR)/runs/$(NAME)/report/index.html"
 
+# Test files run JOBS at a time, each on one thread: idle threads of one would slow the others.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)

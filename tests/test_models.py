@@ -357,6 +357,14 @@ def test_projection_head_has_the_layers_asked_for(layers: int) -> None:
     assert head(torch.rand(7, 8)).shape == (7, 5)
 
 
+def test_a_norm_after_the_last_layer_centres_and_scales_every_output() -> None:
+    head = ProjectionHead(8, 32, 5, norm=True)
+    out = head(10 + torch.rand(64, 8))
+    torch.testing.assert_close(out.mean(dim=0), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.var(dim=0, correction=0), torch.ones(5), atol=0.1, rtol=0)
+    assert parameter_count(head) == parameter_count(ProjectionHead(8, 32, 5))
+
+
 def test_predictor_gives_back_the_width_it_takes() -> None:
     predictor = Predictor(6, 16)
     assert predictor(torch.rand(7, 6)).shape == (7, 6)

@@ -42,7 +42,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any
 
 def wait_for(sweep: Path, ready: Callable[[SweepState], bool], process: Any) -> None:
     journal = sweep / "events.jsonl"
-    for _ in range(3000):
+    for _ in range(6000):
         if journal.exists() and journal.read_bytes().count(b"\n") and ready(load_state(journal)):
             return
         assert process.poll() is None, process.communicate()[1]
@@ -135,7 +135,7 @@ def space(trial):
     kind = trial.suggest_categorical("kind", ["diverges", "fails", "fine"])
     fields = {"lr": lr, "batch_size": 64, "encoder": "conv_small"}
     if kind == "diverges":
-        fields |= {"optimizer": "sgd", "lr": 100.0, "schedule": "cosine", "warmup": 0.0}
+        fields |= {"loss": "vicreg", "optimizer": "sgd", "lr": 100.0, "warmup": 0.0}
     if kind == "fails":
         fields["device"] = "cuda:7"
     return fields

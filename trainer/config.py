@@ -67,6 +67,9 @@ class TrainConfig(BaseModel):
     projector_hidden: int = Field(512, ge=1, le=16384, description="projection head, hidden width")
     projector_out: int = Field(128, ge=1, le=16384, description="projection head, output width")
     projector_layers: int = Field(2, ge=1, le=4, description="projection head, linear layers")
+    projector_norm: bool = Field(
+        False, description="batch norm without weights after its last layer, as SimSiam has it"
+    )
     predictor_hidden: int = Field(512, ge=1, le=16384, description="predictor, hidden width")
 
     # losses; `contrasweep losses` lists which of these each one reads

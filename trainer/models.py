@@ -42,11 +42,16 @@ VGG_SMALLEST = 32
 class ProjectionHead(nn.Sequential):
     """[B, F] features -> [B, P] for the loss: linear, batch norm, ReLU, ..., linear (SimCLR).
 
-    `layers` counts the linear ones, at least 1; all but the last are `hidden` wide.
+    `layers` counts the linear ones, at least 1; all but the last are `hidden` wide. `norm` adds a
+    batch norm without weights after the last (SimSiam, https://arxiv.org/abs/2011.10566, section
+    4.4): losses that do not push embeddings apart have nothing else to keep them centred.
     """
 
-    def __init__(self, feature_dim: int, hidden: int, out: int, layers: int = 2) -> None:
-        super().__init__(*_perceptron(feature_dim, *[hidden] * (layers - 1), out))
+    def __init__(
+        self, feature_dim: int, hidden: int, out: int, layers: int = 2, *, norm: bool = False
+    ) -> None:
+        last = [nn.BatchNorm1d(out, affine=False)] if norm else []
+        super().__init__(*_perceptron(feature_dim, *[hidden] * (layers - 1), out), *last)
 
 
 class Predictor(nn.Sequential):

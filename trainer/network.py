@@ -48,6 +48,7 @@ class ContrastiveNetwork(nn.Module):
             config.projector_hidden,
             config.projector_out,
             config.projector_layers,
+            norm=config.projector_norm,
         )
         self.predictor = (
             Predictor(config.projector_out, config.predictor_hidden)
@@ -55,7 +56,7 @@ class ContrastiveNetwork(nn.Module):
             else None
         )
         self._views_at_once = 2 * config.micro_batch_size if config.micro_batch_size else None
-        self._queue_size = config.queue_size
+        self._queue_size, self._projector_out = config.queue_size, config.projector_out
         self._target_momentum = config.target_momentum
         self._needs = loss.needs
         self.momentum: MovingAverage | None = None
@@ -70,9 +71,7 @@ class ContrastiveNetwork(nn.Module):
             self.momentum = MovingAverage(slow, self._target_momentum, average_buffers=False)
             self.momentum.module.train()
         if "queue" in self._needs:
-            width = self.head[-1].out_features
-            assert isinstance(width, int)
-            self.queue_QP = torch.empty(0, width, device=device)
+            self.queue_QP = torch.empty(0, self._projector_out, device=device)
 
     def encode(self, views_2BCHW: Tensor) -> Tensor:
         """Encode the views to features [2B, F], in micro-batches if so configured."""
