@@ -199,7 +199,10 @@ def train(
         "data_dir": data_dir,
     }
     fields = {key: value for key, value in given.items() if value is not None}
-    fields = absolute_paths(fields | parse_settings(settings))
+    fixed = parse_settings(settings)
+    if twice := [name for name in fixed if name in fields]:
+        raise ValueError(f"{twice[0]} is given twice, by --set and by its own option")
+    fields = absolute_paths(fields | fixed)
     if (repeat is None) != (trial is None):
         raise ValueError("--from and --trial go together: --from runs/NAME --trial 17")
     recorded = None

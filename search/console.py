@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from search.run import SweepResult
 
 LEADERS = 10
+UNTOLD = ("mark", "lr", "images_per_s", "peak_mem_bytes")
+"""Metrics of a run that metrics.csv has and a summary does not need."""
 out_console = Console(markup=False, highlight=False)
 err_console = Console(stderr=True, markup=False, highlight=False)
 
@@ -97,10 +99,13 @@ def print_training(result: dict[str, Any]) -> None:
     """What one run came to: its metrics, beside those of the trial that it repeats."""
     if result["stopped_early"]:
         out_console.print("stopped early; the figures and the encoder are those of the best report")
-    for name, value in result["metrics"].items():
-        was = result.get("recorded", {}).get(name)
+    metrics = result["metrics"]
+    accuracies = [name for name in metrics if name.endswith("_top1")]
+    for name in accuracies + [name for name in metrics if name not in (*accuracies, *UNTOLD)]:
+        value, was = metrics[name], result.get("recorded", {}).get(name)
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
         recorded_text = "" if was is None else f"   recorded {was:.6g}"
-        out_console.print(f"{name:>16}  {value:.6g}{recorded_text}")
+        out_console.print(f"{name:>16}  {text}{recorded_text}")
     out_console.print(f"written to {result['dir']}", soft_wrap=True)
     if result["curves"]:
         out_console.print(f"curves: {result['curves']}", soft_wrap=True)

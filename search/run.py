@@ -32,6 +32,7 @@ from search.config import (
 )
 from search.driver import Driver
 from search.journal import FILE_NAME, SCHEMA, Journal, JournalError, SweepState, load_state
+from search.locks import LOCK_NAME, locked
 from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again
 from search.provenance import describe_data, git_commit, versions
 from search.tracking import Recorder
@@ -47,7 +48,6 @@ from search.uris import (
 from search.user_files import copy_loss_files, sha256, to_json
 
 EMBEDDED = "embedded"
-LOCK_NAME = ".lock"
 TRIALS = "trials"
 TUNE_LEFTOVERS = ("experiment_state-*.json", "search_gen_state-*.json", "tuner.pkl", ".validate*")
 
@@ -176,7 +176,7 @@ class Sweep:
         if state.ended and state.ended["state"] == "finished" and not trials:
             self.record_rest()
             return self._result(state, None)
-        with _locked(self.dir):
+        with locked(self.dir):
             state = load_state(self.dir / FILE_NAME)
             plan = make_plan_again(self.config, state, self.dir, **self._loading)
             await_dead_workers(state)
@@ -223,7 +223,7 @@ class Sweep:
             self.dir.mkdir(parents=True)
         except FileExistsError:
             raise ValueError(f"the sweep {self.dir} exists; choose another --name") from None
-        with _locked(self.dir):
+        with locked(self.dir):
             provenance = {"versions": versions(), "git_commit": git_commit()}
             write_atomically(self.dir / "sweep.yaml", self.config.to_yaml(provenance))
             if plan.space_file is not None:
@@ -356,20 +356,6 @@ def _draining_on_signal(driver: Driver, on_note: Callable[[str], None]) -> Itera
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the sweep's folder; ValueError if another driver does. A killed holder lets go."""
-    lock = FileLock(directory / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process runs the sweep {directory}; wait for it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _recorded_at(sweep: Sweep, header: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from search.config import write_atomically
 from search.journal import FILE_NAME, TrialState, load_state
+from search.locks import locked
 from search.provenance import describe_data
 from search.user_files import (
     LossFile,
@@ -136,9 +137,13 @@ def read_run(out: Path) -> Run:
     except OSError as error:
         raise ValueError(f"{out} holds no run of 'contrasweep train': {error}") from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{out / RUN} or {CONFIG} is damaged: {error!r}") from None
+        raise ValueError(
+            f"{out / RUN} or {CONFIG} is damaged, or of another version; start anew: {error!r}"
+        ) from None
     check_loss_files(run.losses, out)
-    return run
+    # the copy is enough, and what the original becomes does not matter
+    loss = in_copies(config.loss, run.losses, out)
+    return replace(run, config=config.model_copy(update={"loss": loss}))
 
 
 def train(
@@ -164,6 +169,20 @@ def train(
         raise ValueError(f"{out} is not empty; choose another --out, or go on with --resume {out}")
     loss = in_copies(run.config.loss, run.losses, out)
     trainer = Trainer(run.config.model_copy(update={"loss": loss}), data, marks=run.marks)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return _carry_out(run, trainer, data, out, resume, progress, started)
+
+
+def _carry_out(
+    run: Run,
+    trainer: Trainer,
+    data: DataSplits,
+    out: Path,
+    resume: bool,
+    progress: Progress,
+    started: float,
+) -> dict[str, Any]:
     if not resume:
         run = _begin(run, data, out)
     history = _continued(trainer, out) if resume else History()
@@ -185,8 +204,7 @@ def train(
 
 
 def _begin(run: Run, data: DataSplits, out: Path) -> Run:
-    """Make the run's new folder, with its plan; gives the run as a later session will read it."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write the run's plan into its folder; gives the run as a later session will read it."""
     described = describe_data(data)
     run = replace(
         run,

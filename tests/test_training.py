@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.training import training_figure, write_curves
+from analysis.training import training_figures, write_curves
 
 REPORTS = pd.DataFrame(
     {
@@ -28,19 +28,25 @@ REPORTS = pd.DataFrame(
 
 
 def test_every_measure_is_drawn_once_and_the_best_is_marked() -> None:
-    figure = training_figure(REPORTS)
-    drawn = {trace.name: trace for trace in figure.data}
-    assert set(drawn) == {*REPORTS.columns[3:11], "best kNN"}
+    figures = training_figures(REPORTS)
+    drawn = {trace.name: trace for figure in figures.values() for trace in figure.data}
+    assert set(drawn) == {*REPORTS.columns[3:11], "best kNN 0.7000"}
     assert list(drawn["knn_top1"].y) == [0.5, 0.7, 0.6]
     assert list(drawn["linear_top1"].y) == [0.65]  # only where it was measured
-    assert (drawn["best kNN"].x[0], drawn["best kNN"].y[0]) == (2.56, 0.7)
+    best = drawn["best kNN 0.7000"]
+    assert (best.x[0], best.y[0]) == (2.56, 0.7)
+
+
+def test_a_constant_is_not_drawn_around_nothing() -> None:
+    figure = training_figures(REPORTS.assign(lr=0.001))["learning rate"]
+    assert list(figure.layout.yaxis.range) == pytest.approx([0, 0.0011])
 
 
 def test_without_labels_the_accuracies_are_left_out() -> None:
-    figure = training_figure(REPORTS.assign(knn_top1=None, linear_top1=None))
-    assert not {"knn_top1", "linear_top1", "best kNN"} & {trace.name for trace in figure.data}
-    titles = [annotation.text for annotation in figure.layout.annotations]
-    assert not [title for title in titles if "accuracy" in title]
+    figures = training_figures(REPORTS.assign(knn_top1=None, linear_top1=None))
+    assert not [title for title in figures if "accuracy" in title]
+    names = {trace.name for figure in figures.values() for trace in figure.data}
+    assert not names & {"knn_top1", "linear_top1"}
 
 
 def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
@@ -50,8 +56,9 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
     page = write_curves(folder / "metrics.csv", folder / "curves.html").read_text("utf-8")
     assert "&lt;b&gt;&amp;run" in page
     assert "<b>&run" not in page
-    assert "3 reports, 384 images, 3.8 epochs" in page
-    assert "src=" not in page.split("Plotly.newPlot")[-1]
+    assert "Reports: 3; 384 images, 3.8 epochs" in page
+    assert page.count("Plotly.newPlot(") >= 6
+    assert "<script src=" not in page
     assert not list(folder.glob(".*"))
 
 

@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     cifar = os.environ.get("CONTRASWEEP_CIFAR10")
     parser.add_argument("--dataset", default=f"folder:{cifar}" if cifar else "digits")
-    parser.add_argument("--images", type=int, default=4_000, help="train images")
+    parser.add_argument("--images", type=int, default=10_000, help="train images")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--encoder", default="conv_small")
