@@ -26,7 +26,7 @@ STYLE = """
 body { font-family: system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
        color: #2a2f38 }
 h2 { font-size: 1rem; margin: 1rem 0 0 }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr));
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 430px), 1fr));
        gap: 0 1.5rem }
 section { min-width: 0 }
 """

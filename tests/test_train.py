@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from search.locks import locked
 from search.train import (
     BEST,
     ENCODER,
@@ -271,6 +272,18 @@ def test_other_data_are_refused(data: DataSplits, tmp_path: Path) -> None:
     other = replace(data, train=replace(data.train, images=images))
     with pytest.raises(ValueError, match="the data set digits has changed since the run began"):
         train(run, other, tmp_path / "run", resume=True)
+
+
+def test_two_processes_do_not_write_into_one_folder(data: DataSplits, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(Run(tiny()), data, tmp_path / "run", progress=StopAfter(1))
+    before = rows(tmp_path / "run")
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(ValueError, match="another process works on"),
+    ):
+        train(read_run(tmp_path / "run"), data, tmp_path / "run", resume=True)
+    assert rows(tmp_path / "run") == before
 
 
 def test_a_run_that_diverges_says_why(data: DataSplits, tmp_path: Path) -> None:
