@@ -113,7 +113,7 @@ def test_ctrl_c_drains_and_says_how_to_go_on(tmp_path: Path) -> None:
     process = start(tmp_path, *SWEEP[:-1])
     wait_for(tmp_path / "runs" / "s", in_mid_sweep, process)
     _, message = finish(start(tmp_path, "resume", "runs/s"), code=2)
-    assert "another process runs" in message
+    assert "another process works on" in message
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err

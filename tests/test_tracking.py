@@ -323,6 +323,7 @@ def test_a_server_that_hangs_and_comes_back_misses_nothing(
     assert time.monotonic() - started < 1, "the journal must not wait for the server"
     time.sleep(4)
     os.killpg(process.pid, signal.SIGCONT)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # short only to make it fail
     time.sleep(6)
     assert recorder.stop() is None
     check_record(uri, "id-s1")
