@@ -14,16 +14,16 @@ import optuna
 from search.asha import rungs_for
 from search.config import LABEL_FREE, SHARED_FIELDS, SweepConfig
 from search.journal import SweepState
-from search.provenance import describe_data
+from search.provenance import describe_data, held_in_memory
 from search.study import SAMPLERS
 from search.user_files import (
     LossFile,
     check_loss_files,
     from_json,
-    in_copies,
     loss_files,
     sha256,
     space_file,
+    with_copied_loss,
 )
 from spaces import Space, default_params, load_space, run_space, with_fixed
 from trainer.config import TrainConfig, parse_config
@@ -77,10 +77,7 @@ def make_plan(
     space = with_fixed(source, config.base_fields())
     base = parse_config(config.base_fields())
     draws = _draw(config, space, base)
-    configurations = [
-        each.model_copy(update={"loss": in_copies(each.loss, copied, sweep_dir)})
-        for each in draws.configurations
-    ]
+    configurations = [with_copied_loss(each, copied, sweep_dir) for each in draws.configurations]
     for each in configurations:
         check_names(each)
     data = load_for(
@@ -129,7 +126,7 @@ def make_plan_again(config: SweepConfig, state: SweepState, sweep_dir: Path, **m
     copied = from_json(state.header.get("loss_files", []))
     check_loss_files(copied, sweep_dir)
     if config.in_memory == "auto":  # the memory that is free now must not change the data
-        more["in_memory"] = "yes" if state.header["data"].get("in_memory", True) else "no"
+        more["in_memory"] = held_in_memory(state.header["data"])
     plan = make_plan(config, copied=copied, sweep_dir=sweep_dir, **more)
     _check_checkpoints(sweep_dir, state)
     if describe_data(plan.data)["digest"] != state.header["data"]["digest"]:

@@ -47,6 +47,11 @@ def describe_data(data: DataSplits) -> dict[str, Any]:
     }
 
 
+def held_in_memory(described: dict[str, Any]) -> str:
+    """`in_memory` of the configuration that gives described data again: yes or no, never auto."""
+    return "yes" if described.get("in_memory", True) else "no"
+
+
 def versions() -> dict[str, str]:
     """Python's and the packages' versions that a result depends on."""
     found = {"python": platform.python_version()}

@@ -18,15 +18,15 @@ from typing import Any
 from search.config import write_atomically
 from search.journal import FILE_NAME, TrialState, load_state
 from search.locks import locked
-from search.provenance import describe_data
+from search.provenance import describe_data, held_in_memory
 from search.user_files import (
     LossFile,
     check_loss_files,
     copy_loss_files,
     from_json,
-    in_copies,
     loss_files,
     to_json,
+    with_copied_loss,
 )
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import TrainConfig, parse_config
@@ -119,11 +119,10 @@ def trial_to_repeat(sweep_dir: Path, number: int) -> TrialToRepeat:
         raise ValueError(f"trial {number} of {sweep_dir} made no report: {trial.reason}")
     files = from_json(state.header.get("loss_files", []))
     check_loss_files(files, sweep_dir, originals=False)
-    config = parse_config(trial.config)
-    config = config.model_copy(update={"loss": in_copies(config.loss, files, sweep_dir)})
+    config = with_copied_loss(parse_config(trial.config), files, sweep_dir)
     data = state.header["data"]
-    held = "yes" if data.get("in_memory", True) else "no"
-    return TrialToRepeat(Run(config, marks, data_digest=data["digest"], in_memory=held), trial)
+    run = Run(config, marks, data_digest=data["digest"], in_memory=held_in_memory(data))
+    return TrialToRepeat(run, trial)
 
 
 def read_run(out: Path) -> Run:
@@ -141,9 +140,7 @@ def read_run(out: Path) -> Run:
             f"{out / RUN} or {CONFIG} is damaged, or of another version; start anew: {error!r}"
         ) from None
     check_loss_files(run.losses, out)
-    # the copy is enough, and what the original becomes does not matter
-    loss = in_copies(config.loss, run.losses, out)
-    return replace(run, config=config.model_copy(update={"loss": loss}))
+    return replace(run, config=with_copied_loss(config, run.losses, out))
 
 
 def train(
@@ -159,7 +156,8 @@ def train(
     """
     started = time.monotonic()
     progress = progress or Progress()
-    if run.data_digest not in (None, describe_data(data)["digest"]):
+    described = describe_data(data)
+    if run.data_digest not in (None, described["digest"]):
         raise ValueError(
             f"the data set {data.name} has changed since the run began; restore it or start anew"
         )
@@ -167,25 +165,25 @@ def train(
         raise ValueError("--test needs labelled test images; name a source with --labelled")
     if not resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out, or go on with --resume {out}")
-    loss = in_copies(run.config.loss, run.losses, out)
-    trainer = Trainer(run.config.model_copy(update={"loss": loss}), data, marks=run.marks)
+    trainer = Trainer(run.config, data, marks=run.marks)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        return _carry_out(run, trainer, data, out, resume, progress, started)
+        if not resume:
+            run = _begin(run, described, out)
+        history = _continued(trainer, out) if resume else History()
+        return _carry_out(run, trainer, history, data, out, progress, started)
 
 
 def _carry_out(
     run: Run,
     trainer: Trainer,
+    history: History,
     data: DataSplits,
     out: Path,
-    resume: bool,
     progress: Progress,
     started: float,
 ) -> dict[str, Any]:
-    if not resume:
-        run = _begin(run, data, out)
-    history = _continued(trainer, out) if resume else History()
+    """From wherever the trainer and its history stand to result.json; `started`: monotonic, s."""
     progress.on_start(trainer.marks[-1])
     progress.on_step(trainer.samples_seen)
 
@@ -203,14 +201,13 @@ def _carry_out(
     return result
 
 
-def _begin(run: Run, data: DataSplits, out: Path) -> Run:
+def _begin(run: Run, described: dict[str, Any], out: Path) -> Run:
     """Write the run's plan into its folder; gives the run as a later session will read it."""
-    described = describe_data(data)
     run = replace(
         run,
         losses=loss_files([run.config.loss]),
         data_digest=described["digest"],
-        in_memory="yes" if described["in_memory"] else "no",
+        in_memory=held_in_memory(described),
     )
     copy_loss_files(run.losses, out)
     write_atomically(out / CONFIG, run.config.model_dump_json(indent=2) + "\n")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from search.user_files import LossFile, in_copies
+from search.user_files import LossFile, with_copied_loss
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import parse_config
 from trainer.datasets import DataSplits
@@ -105,8 +105,7 @@ class ContrastiveTrainable(tune.Trainable):
 
     def _start(self) -> Iterator[Report]:
         config = parse_config(self._segment["fields"])
-        loss = in_copies(config.loss, self._loss_files, self._sweep_dir)
-        config = config.model_copy(update={"loss": loss})
+        config = with_copied_loss(config, self._loss_files, self._sweep_dir)
         journaled = self._segment["checkpoint"]
         checkpoint = self._sweep_dir / journaled if journaled else None
         print(f"trial {self._segment['number']}, attempt {self._segment['attempt']}")

@@ -17,6 +17,7 @@ from search.config import write_atomically
 
 if TYPE_CHECKING:
     from spaces import Space
+    from trainer.config import TrainConfig
 
 LOSS_COPY = "loss.py"
 
@@ -75,6 +76,11 @@ def in_copies(ref: str, files: Iterable[LossFile], folder: Path) -> str:
     path, _, function = ref.rpartition(":")
     copies = {file.path: file.copy for file in files}
     return f"{folder / copies[path]}:{function}" if path in copies else ref
+
+
+def with_copied_loss(config: TrainConfig, files: Iterable[LossFile], folder: Path) -> TrainConfig:
+    """The configuration with its loss taken from the folder's copy, if it is one of the files."""
+    return config.model_copy(update={"loss": in_copies(config.loss, files, folder)})
 
 
 def check_loss_files(files: Iterable[LossFile], folder: Path, *, originals: bool = True) -> None:
