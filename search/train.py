@@ -17,7 +17,7 @@ from typing import Any
 
 from search.config import write_atomically
 from search.journal import FILE_NAME, TrialState, load_state
-from search.locks import locked
+from search.locks import LOCK_NAME, locked
 from search.provenance import describe_data, held_in_memory
 from search.user_files import (
     LossFile,
@@ -163,7 +163,8 @@ def train(
         )
     if run.test and not (len(data.bank) and len(data.test)):
         raise ValueError("--test needs labelled test images; name a source with --labelled")
-    if not resume and out.exists() and any(out.iterdir()):
+    # A kill before the plan was written leaves the lock alone.
+    if not resume and out.exists() and any(path.name != LOCK_NAME for path in out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out, or go on with --resume {out}")
     trainer = Trainer(run.config, data, marks=run.marks)
     out.mkdir(parents=True, exist_ok=True)

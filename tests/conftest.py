@@ -221,6 +221,25 @@ def recorded(sweep_store: str) -> Any:
     return load_sweep(sweep_store, "planted")
 
 
+@pytest.fixture
+def watch_largest() -> Any:
+    """A context that remembers, as `values`, the most values of any tensor made within."""
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        values = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, Tensor):
+                    self.values = max(self.values, tensor.numel())
+            return out
+
+    return Largest
+
+
 def demo_frames(folder: Path) -> list[Any]:
     """Sweeps to look at the page with: the planted one and a larger, rougher one."""
     import random

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
 from pytorch_metric_learning import losses as pml
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import row_chunks
 from trainer.feature_losses import barlow_twins, byol, simsiam, vicreg
@@ -180,29 +179,16 @@ def test_targets_get_no_gradient(loss) -> None:
     assert t1.grad is None
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the most values of any tensor made."""
-
-    values = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
-                self.values = max(self.values, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize(
     "loss", [lambda a, b: barlow_twins(a, b, 5e-3), lambda a, b: vicreg(a, b, 25, 25, 1)]
 )
-def test_wide_projections_never_make_the_whole_matrix(loss, monkeypatch) -> None:
+def test_wide_projections_never_make_the_whole_matrix(loss, monkeypatch, watch_largest) -> None:
     width, batch = 1024, 8
     largest = {}
     for chunk_values in (1 << 14, 1 << 22):
         monkeypatch.setattr(row_chunks, "CHUNK_VALUES", chunk_values)
         z0, z1 = (z.requires_grad_() for z in pair(batch, width))
-        with Largest() as mode:
+        with watch_largest() as mode:
             loss(z0, z1).backward()
         largest[chunk_values] = mode.values
     assert largest[1 << 14] <= 1 << 14

@@ -10,7 +10,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import row_chunks
 from trainer.config import TrainConfig
@@ -226,26 +225,15 @@ def test_chunks_change_neither_value_nor_gradient(loss, chunk_values: int, monke
     torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the most values of any tensor made."""
-
-    values = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
-                self.values = max(self.values, tensor.numel())
-        return out
-
-
-def test_a_large_batch_never_makes_the_matrix_of_all_pairs(loss, name: str, monkeypatch) -> None:
+def test_a_large_batch_never_makes_the_matrix_of_all_pairs(
+    loss, name: str, monkeypatch, watch_largest
+) -> None:
     batch, width = 512, 8
     largest = {}
     for chunk_values in (1 << 14, 1 << 20):
         few_values(monkeypatch, chunk_values)
         z0, z1 = (z.requires_grad_() for z in pair(batch, width))
-        with Largest() as mode:
+        with watch_largest() as mode:
             loss(z0, z1).backward()
         largest[chunk_values] = mode.values
     assert largest[1 << 14] <= 1 << 14  # of the 2^20 values of N x N

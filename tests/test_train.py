@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from search.locks import locked
+from search.locks import LOCK_NAME, locked
 from search.train import (
     BEST,
     ENCODER,
@@ -284,6 +284,17 @@ def test_two_processes_do_not_write_into_one_folder(data: DataSplits, tmp_path: 
     ):
         train(read_run(tmp_path / "run"), data, tmp_path / "run", resume=True)
     assert rows(tmp_path / "run") == before
+
+
+def test_a_kill_before_the_plan_is_written_leaves_the_folder_free(
+    data: DataSplits, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with locked(out):
+        pass
+    assert [path.name for path in out.iterdir()] == [LOCK_NAME]
+    assert train(Run(tiny(epochs=0.5)), data, out)["samples_seen"] == 96
 
 
 def test_a_run_that_diverges_says_why(data: DataSplits, tmp_path: Path) -> None:
