@@ -206,22 +206,30 @@ def test_rows_outside_the_split_are_refused(files: ImageFiles, array: np.ndarray
 
 
 ORPHANS = """
-import itertools, multiprocessing, sys, time
+import itertools, multiprocessing, os, sys, threading, time
 import numpy as np, torch
 from trainer.images import ImageFiles
 from trainer.stream import reader
+def tell():
+    while len(children := multiprocessing.active_children()) < 2:
+        time.sleep(0.05)
+    print(*(child.pid for child in children), flush=True)
 files = ImageFiles(sys.argv[1], np.array([b"000.png"] * 9), np.zeros(9, np.int64), 16)
 batches = reader(files, torch.device("cpu"), 2).batches(itertools.repeat(torch.arange(9)))
+if sys.argv[2] == "starting":  # none has run a line of its own when the parent dies
+    os.register_at_fork(after_in_child=lambda: time.sleep(3))
+    threading.Thread(target=tell).start()
 next(batches)
-print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+tell()
 time.sleep(60)
 """
 
 
 @pytest.mark.slow
-def test_workers_do_not_outlive_a_killed_parent(files: ImageFiles) -> None:
+@pytest.mark.parametrize("workers_are", ["starting", "decoding"])
+def test_workers_do_not_outlive_a_killed_parent(files: ImageFiles, workers_are: str) -> None:
     parent = subprocess.Popen(
-        [sys.executable, "-c", ORPHANS, files.folder],
+        [sys.executable, "-c", ORPHANS, files.folder, workers_are],
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         text=True,
