@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -27,6 +29,23 @@ def pick_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         raise ValueError(f"device must be one of the {count} CUDA devices here, got {name!r}")
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse what a step has freed, up to 32 MiB a block, and give nothing back.
+
+    By default it returns memory at the heap's end and at times maps blocks of this size anew, and
+    the kernel clears every page again: `conv_small` trains a tenth faster on a CPU this way.
+    Larger blocks kept too would split the heap: a ResNet-18 then took 40 % more memory. For the
+    whole process, nothing where the user has set MALLOC_ variables, or without glibc.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_mmap_threshold, m_trim_threshold = -3, -1  # malloc.h
+        mallopt(m_mmap_threshold, 32 << 20)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:

@@ -31,7 +31,13 @@ from trainer.augment import TwoViews
 from trainer.averages import MovingAverage
 from trainer.config import TrainConfig
 from trainer.datasets import DataSplits, Images
-from trainer.device import peak_mem_bytes, pick_device, seeded_rng, uses_bfloat16
+from trainer.device import (
+    keep_freed_memory,
+    peak_mem_bytes,
+    pick_device,
+    seeded_rng,
+    uses_bfloat16,
+)
 from trainer.evaluator import Diverged, Evaluator
 from trainer.losses import get_loss
 from trainer.models import build_encoder, check_encoder, load_encoder_weights
@@ -156,6 +162,8 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.config = config
         self.device = pick_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.total_images = config.total_images(train_count)
         every = config.report_every or train_count
         self.marks = report_marks(self.total_images, every) if marks is None else tuple(marks)
