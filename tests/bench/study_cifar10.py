@@ -120,7 +120,9 @@ def one_run(fields: dict[str, Any], untrained: bool, split: str) -> dict[str, fl
         figures = {"knn": tested["test_knn_top1"], "linear": tested["test_linear_top1"]}
     else:
         linear = trainer.linear_top1()
-        assert last is not None and last.knn_top1 is not None and linear is not None
+        assert last is not None
+        assert last.knn_top1 is not None
+        assert linear is not None
         figures = {"knn": last.knn_top1, "linear": linear}
     figures["wall_s"] = time.perf_counter() - started
     if last is not None:
