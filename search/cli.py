@@ -48,7 +48,7 @@ from search.options import (
     ValLimit,
     sweep_option,
 )
-from trainer.config import TrainConfig, parse_config
+from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
     from search.run import Sweep, SweepResult
@@ -183,7 +183,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one configuration, without Ray; with --from and --trial, one of a sweep's again."""
-    from search.train import Run, read_run, trial_to_repeat
+    from search.train import plan_run, read_run, trial_to_repeat
     from search.train import train as run_training
     from search.train_display import TrainDisplay
 
@@ -219,7 +219,7 @@ def train(
         run = dataclasses.replace(source.run, patience=patience, test=test)
         recorded = source.recorded
     else:
-        run = Run(parse_config(fields), patience=patience, test=test)
+        run = plan_run(fields, set(fixed), patience=patience, test=test)
     data = _load_data(run.loading(), download, cache_dir)
     if resume is None:
         folder = (out or Path("runs") / f"train-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()

@@ -1,4 +1,4 @@
-"""`contrasweep spaces | datasets | encoders | losses`: what there is, with a line each."""
+"""`contrasweep spaces | datasets | encoders | losses | fields`: what there is, a line each."""
 
 from __future__ import annotations
 
@@ -47,6 +47,20 @@ def losses(as_json: Json = False) -> None:
     }
     known["FILE.py:FUNCTION"] = "your own: function(z0, z1, config) -> scalar, z0 and z1 [B, D]"
     print_known(known, as_json)
+
+
+@listings.command()
+def fields(as_json: Json = False) -> None:
+    """The trainer's fields, for --set: default and meaning."""
+    from trainer.config import TrainConfig
+
+    print_known(
+        {
+            name: f"[{'none' if info.default is None else info.default}] {info.description}"
+            for name, info in TrainConfig.model_fields.items()
+        },
+        as_json,
+    )
 
 
 def _first_line(thing: object) -> str:

@@ -53,6 +53,8 @@ class Plan:
     """The user's own file, to be copied."""
     loss_files: tuple[LossFile, ...]
     """The user's own losses, to be copied; those of a sweep that goes on have been."""
+    drawn: list[TrainConfig]
+    """Configurations that the space gave when it was tried out."""
 
 
 def make_plan(
@@ -105,7 +107,17 @@ def make_plan(
         rungs=rungs,
         space_file=space_file(source),
         loss_files=copied or loss_files(draws.losses),
+        drawn=configurations,
     )
+
+
+def make_new_plan(config: SweepConfig, **loading: Any) -> Plan:
+    """`make_plan` for a new sweep, whose fixed fields must each count in some configuration."""
+    from trainer.unread import check_read
+
+    plan = make_plan(config, **loading)
+    check_read(config.fixed, plan.drawn)
+    return plan
 
 
 def make_plan_again(config: SweepConfig, state: SweepState, sweep_dir: Path, **more: Any) -> Plan:

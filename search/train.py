@@ -20,6 +20,7 @@ from search.journal import FILE_NAME, TrialState, load_state
 from search.locks import LOCK_NAME, locked
 from search.provenance import describe_data, held_in_memory
 from search.user_files import (
+    LOSS_COPY,
     LossFile,
     check_loss_files,
     copy_loss_files,
@@ -33,6 +34,7 @@ from trainer.config import TrainConfig, parse_config
 from trainer.datasets import DataSplits
 from trainer.export import save_encoder
 from trainer.loop import Diverged, Report, Trainer
+from trainer.unread import check_read
 
 CONFIG, RUN, METRICS, RESULT = "config.json", "run.json", "metrics.csv", "result.json"
 COLUMNS = tuple(field.name for field in fields(Report))
@@ -105,6 +107,13 @@ class History:
         return float(row["rankme"] if row["knn_top1"] is None else row["knn_top1"])
 
 
+def plan_run(fields: dict[str, Any], given: set[str], *, patience: int | None, test: bool) -> Run:
+    """A new run of these fields; ValueError where one of `given` would have no effect."""
+    config = parse_config(fields)
+    check_read(given, [config])
+    return Run(config, patience=patience, test=test)
+
+
 def trial_to_repeat(sweep_dir: Path, number: int) -> TrialToRepeat:
     """Read trial `number` from a sweep's journal; ValueError if there is none."""
     state = load_state(sweep_dir / FILE_NAME)
@@ -163,8 +172,7 @@ def train(
         )
     if run.test and not (len(data.bank) and len(data.test)):
         raise ValueError("--test needs labelled test images; name a source with --labelled")
-    # A kill before the plan was written leaves the lock alone.
-    if not resume and out.exists() and any(path.name != LOCK_NAME for path in out.iterdir()):
+    if not resume and not _is_free(out):
         raise ValueError(f"{out} is not empty; choose another --out, or go on with --resume {out}")
     trainer = Trainer(run.config, data, marks=run.marks)
     out.mkdir(parents=True, exist_ok=True)
@@ -173,6 +181,16 @@ def train(
             run = _begin(run, described, out)
         history = _continued(trainer, out) if resume else History()
         return _carry_out(run, trainer, history, data, out, progress, started)
+
+
+def _is_free(out: Path) -> bool:
+    """Whether a run may begin there: nothing is, but what a kill left of one that was beginning."""
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if LOCK_NAME not in names:
+        return not names
+    half_written = tuple(f".{name}." for name in (LOSS_COPY, CONFIG, RUN))
+    names -= {LOCK_NAME, LOSS_COPY, CONFIG}  # run.json comes last
+    return all(name.startswith(half_written) for name in names)
 
 
 def _carry_out(

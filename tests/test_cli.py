@@ -119,7 +119,7 @@ def test_more_than_any_node_has_is_refused_before_anything_is_written(tmp_path: 
     assert written(tmp_path) == []
 
 
-@pytest.mark.parametrize("verb", ["spaces", "datasets", "encoders", "losses"])
+@pytest.mark.parametrize("verb", ["spaces", "datasets", "encoders", "losses", "fields"])
 def test_what_there_is_has_one_line_each(verb: str, tmp_path: Path) -> None:
     known: dict[str, Any] = json.loads(contrasweep(verb, "--json", cwd=tmp_path).stdout)
     assert known

@@ -22,6 +22,7 @@ from trainer import TrainConfig, Trainer
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.datasets import DataSplits, load_for
 from trainer.loop import Diverged, Report, report_marks
+from trainer.models import ENCODERS
 
 TIMINGS = ("images_per_s", "wall_s", "peak_mem_bytes")
 
@@ -74,17 +75,22 @@ def assert_identical(left: Any, right: Any, at: str = "") -> None:
         {"loss": "byol", "ema_decay": 0.9, "schedule": "constant", "optimizer": "adam"},
         {"loss": "simsiam", "micro_batch_size": 10, "clip_norm": 0.1},
         {"loss": "sup_con", "projector_layers": 3, "linear_probe": "always"},
-        # dropout and stochastic depth draw from torch's own generator
-        {"encoder": "torchvision:efficientnet_b0", "image_size": 32, "micro_batch_size": 16},
+        # dropout draws from torch's own generator
+        {"encoder": "conv_dropout", "micro_batch_size": 16},
     ],
     ids=["defaults", "float32-sgd-cosine", "queue-lars", "momentum-average", "predictor-micro",
          "labels-probe", "dropout-micro"],
 )  # fmt: skip
 def test_cut_anywhere_and_continued_equals_uninterrupted(
-    data: DataSplits, changed: dict[str, Any], tmp_path: Path
+    data: DataSplits, changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plain = ENCODERS["conv_small"]
+    monkeypatch.setitem(
+        ENCODERS,
+        "conv_dropout",
+        plain._replace(build=lambda size: nn.Sequential(plain.build(size), nn.Dropout(0.2))),
+    )
     config = tiny(**changed)
-    data = data if config.image_size == 16 else load_for(config)
     whole = Trainer(config, data)
     reports = []
     for number, report in enumerate(whole.run()):
@@ -284,6 +290,22 @@ def test_constant_features_are_a_collapse(data: DataSplits) -> None:
             module.requires_grad_(False)
     with pytest.raises(Diverged, match="features collapsed: standard deviation"):
         next(trainer.run())
+
+
+def test_only_the_last_report_minds_running_statistics_that_lag(data: DataSplits) -> None:
+    trainer = Trainer(tiny(batch_size=96), data, marks=[96, 192])
+    reports = trainer.run()
+    last_norm = [m for m in trainer.encoder.modules() if isinstance(m, nn.BatchNorm2d)][-1]
+
+    def lag() -> None:  # as in a deep network: everything is far below what the norm has seen
+        assert last_norm.running_mean is not None
+        last_norm.running_mean.fill_(1e6)
+
+    trained = trainer._train_until
+    trainer._train_until = lambda *a: (lag(), trained(*a))[1]  # type: ignore[method-assign]
+    assert next(reports).feature_std == 0
+    with pytest.raises(Diverged, match="fewer than 100 batches; train for more steps"):
+        next(reports)
 
 
 # ---------------------------------------------------------------------- what is measured

@@ -286,15 +286,29 @@ def test_two_processes_do_not_write_into_one_folder(data: DataSplits, tmp_path: 
     assert rows(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize("written", [[], ["config.json"], ["config.json", ".run.json.x1"]])
 def test_a_kill_before_the_plan_is_written_leaves_the_folder_free(
-    data: DataSplits, tmp_path: Path
+    data: DataSplits, tmp_path: Path, written: list[str]
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
     with locked(out):
         pass
     assert [path.name for path in out.iterdir()] == [LOCK_NAME]
+    for name in written:
+        (out / name).write_text("{")
     assert train(Run(tiny(epochs=0.5)), data, out)["samples_seen"] == 96
+    assert read_run(out).config == tiny(epochs=0.5)
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "photo.png"])
+def test_a_folder_of_someone_elses_is_left_alone(
+    data: DataSplits, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("{")
+    with pytest.raises(ValueError, match="is not empty; choose another --out"):
+        train(Run(tiny(epochs=0.5)), data, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_run_that_diverges_says_why(data: DataSplits, tmp_path: Path) -> None:

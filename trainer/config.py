@@ -145,7 +145,9 @@ class TrainConfig(BaseModel):
     lr_scaling: Literal["none", "sqrt", "linear"] = Field(
         "none", description="how the learning rate grows with the batch size"
     )
-    weight_decay: float = Field(1e-4, ge=0, le=10)
+    weight_decay: float = Field(
+        1e-4, ge=0, le=10, description="of matrices; adam: in the gradient, as L2 is"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd and lars")
     lars_trust: float = Field(1e-3, gt=0, le=1, description="lars: trust coefficient")
     clip_norm: float | None = Field(None, gt=0, description="most norm of all gradients together")

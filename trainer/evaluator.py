@@ -79,18 +79,16 @@ class Evaluator:
         self._bank = train if shared else reader(data.bank.images, device, self._workers)
         self._labelled = len(data.bank) > 0
 
-    def measure(self, encoder: nn.Module, *, probe: bool) -> dict[str, float | None]:
+    def measure(
+        self, encoder: nn.Module, *, probe: bool, at_the_end: bool
+    ) -> dict[str, float | None]:
         """Every measure of a `Report`; raises `Diverged` where the features have collapsed.
 
         `probe` adds the linear classifier's accuracy, which costs seconds on large features.
         """
         with _evaluating(encoder):
             val_NF = self._encode_all(encoder, self._val)
-            reason = collapse(val_NF)
-            if reason is not None and _has_settled(encoder):
-                raise Diverged(reason)
-            if reason is not None and collapse(self._by_batch_statistics(encoder)) is not None:
-                raise Diverged(reason)
+            self._check(encoder, val_NF, at_the_end=at_the_end)
             view0_NF, view1_NF = self._encode_views(encoder)
             return {
                 **self._accuracies(encoder, val_NF, self._data.val, probe=probe),
@@ -117,6 +115,29 @@ class Evaluator:
         """Encode uint8 images [N, 3, H, W] in evaluation mode: float32 [N, F] on the CPU."""
         with _evaluating(encoder):
             return self._encode_all(encoder, reader(images, self._device, self._workers)).cpu()
+
+    def linear_top1(self, encoder: nn.Module) -> float | None:
+        """Accuracy of the linear classifier on the validation split; None without labels."""
+        with _evaluating(encoder):
+            val_NF = self._encode_all(encoder, self._val)
+            return self._accuracies(encoder, val_NF, self._data.val, probe=True)["linear_top1"]
+
+    def _check(self, encoder: nn.Module, val_NF: Tensor, *, at_the_end: bool) -> None:
+        """Raise `Diverged` if the validation features have collapsed.
+
+        Before the end those that have for the running statistics of the first batches alone pass:
+        the statistics may still become the network's.
+        """
+        reason = collapse(val_NF)
+        if reason is None:
+            return
+        if _has_settled(encoder) or collapse(self._by_batch_statistics(encoder)) is not None:
+            raise Diverged(reason)
+        if at_the_end:
+            raise Diverged(
+                f"{reason}, by running statistics of fewer than {SETTLED_BATCHES} batches; train "
+                "for more steps"
+            )
 
     def _accuracies(
         self, encoder: nn.Module, features_NF: Tensor, split: Split, *, probe: bool

@@ -239,7 +239,9 @@ class Trainer:
 
         at_the_end = self.samples_seen >= self.marks[-1]
         probe = {"always": True, "end": at_the_end, "never": False}[self.config.linear_probe]
-        measures: dict[str, Any] = self._evaluator.measure(self.encoder, probe=probe)
+        measures: dict[str, Any] = self._evaluator.measure(
+            self.encoder, probe=probe, at_the_end=at_the_end
+        )
         self._wall_s += time.perf_counter() - started
         return Report(
             mark=mark,
@@ -298,7 +300,7 @@ class Trainer:
 
     def linear_top1(self) -> float | None:
         """Accuracy of a linear classifier on val, now; None without labels."""
-        return self._evaluator.measure(self.encoder, probe=True)["linear_top1"]
+        return self._evaluator.linear_top1(self.encoder)
 
     def test(self) -> dict[str, float]:
         """Accuracies on the test split: `test_knn_top1` and `test_linear_top1`.

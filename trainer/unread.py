@@ -1,0 +1,67 @@
+"""Fields that a configuration sets and nothing in it reads: a margin for a loss that has none.
+
+Whoever sets one expects it to count, so what they set is refused before anything is trained.
+Defaults, and what a search draws for other choices than the one at hand, are nobody's mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import get_args
+
+from trainer.config import Augmentation, TrainConfig
+from trainer.losses import LOSSES, get_loss
+
+READERS: dict[str, dict[str, Sequence[str]]] = {
+    "optimizer": {"momentum": ("sgd", "lars"), "lars_trust": ("lars",)},
+    "schedule": {"cooldown": ("wsd",)},
+}
+"""Field that chooses -> field -> the choices that read it."""
+MAGNITUDES: dict[Augmentation, tuple[str, ...]] = {
+    "rotation": ("rotation",),
+    "translation": ("translation",),
+    "scaling": ("scaling",),
+    "crop": ("crop_min_scale",),
+    "jitter": ("brightness", "contrast", "saturation", "hue"),
+    "grayscale": ("grayscale",),
+    "blur": ("blur_sigma",),
+    "solarize": ("solarize",),
+    "cutout": ("cutout",),
+}
+SCALED: tuple[Augmentation, ...] = ("jitter", "grayscale", "blur", "solarize")
+"""What `strength` scales."""
+
+
+def unread_fields(config: TrainConfig) -> dict[str, str]:
+    """The fields that do not count in this configuration, each with the reason."""
+    unread = {}
+    loss = get_loss(config.loss)
+    for field in sorted({field for other in LOSSES.values() for field in other.own_fields}):
+        if field not in loss.own_fields:
+            losses = [name for name, other in LOSSES.items() if field in other.own_fields]
+            unread[field] = _other_choice("loss", config.loss, losses)
+    for choice, fields in READERS.items():
+        chosen = getattr(config, choice)
+        for field, readers in fields.items():
+            if chosen not in readers:
+                unread[field] = _other_choice(choice, chosen, readers)
+    for name in get_args(Augmentation):
+        if config.augment != "all" and config.chance(name) == 0:
+            unread[f"{name}_p"] = f"augment={config.augment} leaves {name} out"
+        if config.chance(name) == 0:
+            unread |= dict.fromkeys(MAGNITUDES.get(name, ()), f"the chance of {name} is 0")
+    if not any(config.chance(name) for name in SCALED):
+        unread["strength"] = f"there is no {', '.join(SCALED[:-1])} or {SCALED[-1]}"
+    return unread
+
+
+def check_read(given: Iterable[str], configs: Iterable[TrainConfig]) -> None:
+    """Raise a one-line ValueError for a field of `given` that none of the configurations reads."""
+    unread = [unread_fields(config) for config in configs]
+    for field in given:
+        if unread and all(field in each for each in unread):
+            raise ValueError(f"{field} has no effect: {unread[0][field]}; leave it out")
+
+
+def _other_choice(choice: str, chosen: str, readers: Iterable[str]) -> str:
+    return f"{choice}={chosen} does not read it ({', '.join(readers)} would)"
