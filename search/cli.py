@@ -34,6 +34,7 @@ from search.console import (
     print_training,
 )
 from search.listings import listings
+from search.mistakes import INTERRUPTED, run_app
 from search.options import (
     CacheDir,
     DataDir,
@@ -61,23 +62,11 @@ app = typer.Typer(
     help="Distributed hyperparameter search for contrastive image pre-training.",
 )
 app.add_typer(listings)
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 
 def main() -> NoReturn:
-    """Entry point: a ValueError is the user's mistake, told in one line."""
-    try:
-        app()
-    except ValueError as error:
-        print(f"contrasweep: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a path that cannot be read or written
-        print(f"contrasweep: {error.filename}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    sys.exit(0)
+    """Entry point."""
+    run_app(app)
 
 
 @app.command()

@@ -73,6 +73,7 @@ def make_plan(
     images were held before, none: as configured.
     """
     from trainer.datasets import load_for
+    from trainer.device import pick_device
     from trainer.loop import check_fits, check_names, check_weights, report_marks
 
     source = load_space(config.space)
@@ -82,6 +83,8 @@ def make_plan(
     configurations = [with_copied_loss(each, copied, sweep_dir) for each in draws.configurations]
     for each in configurations:
         check_names(each)
+        if config.address is None:  # nodes of a cluster may have what this one lacks
+            pick_device(each.device)
     data = load_for(
         base.model_copy(update={"in_memory": in_memory or base.in_memory}),
         labels_needed=config.objective not in LABEL_FREE,

@@ -35,6 +35,9 @@ def written(folder: Path) -> list[str]:
 
 
 BAD_SWEEPS: dict[str, tuple[list[str], str]] = {
+    "misspelt option": (["--trial", "3"], "No such option: --trial"),
+    "option without value": (["--epochs"], "--epochs"),
+    "option that is no number": (["--epochs", "x"], "--epochs"),
     "unknown space": (["--space", "nope"], "quick"),
     "unknown dataset": (["--dataset", "nope"], "digits"),
     "missing folder": (["--dataset", "folder:/does/not/exist"], "/does/not/exist"),
@@ -47,6 +50,8 @@ BAD_SWEEPS: dict[str, tuple[list[str], str]] = {
     "field without value": (["--set", "lr"], "FIELD=VALUE"),
     "value out of range": (["--set", "temperature=-1"], "temperature"),
     "not a number": (["--set", "lr=fast"], "lr"),
+    "field that nothing reads": (["--set", "margin=2"], "margin has no effect: loss=nt_xent"),
+    "device that is not here": (["--set", "device=cuda:99"], "CUDA devices here"),
     "not finite": (["--set", "lr=nan"], "lr"),
     "owned by an option": (["--set", "epochs=3"], "--epochs"),
     "set though the sweep decides": (["--set", "report_every=5"], "--report-every"),

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainer.images import ImageFiles, channel_statistics, decode_image, pixels, read_image
+from trainer.images import (
+    CorruptImageError,
+    ImageFiles,
+    channel_statistics,
+    decode_image,
+    pixels,
+    read_image,
+)
 
 
 def encoded(tmp_path: Path, image: Image.Image, suffix: str, **options: Any) -> bytes:
@@ -34,6 +41,13 @@ def write_greys(folder: Path, count: int) -> Path:
     for number in range(count):
         Image.new("L", (8, 8), number).save(folder / f"{number:02}.png")
     return folder
+
+
+def test_numbers_without_a_range_are_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "float.tif"
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(path)
+    with pytest.raises(CorruptImageError, match="no known range; convert them to 8 or 16 bits"):
+        read_image(str(path), 8)
 
 
 def test_modes_become_rgb(tmp_path: Path) -> None:

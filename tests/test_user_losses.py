@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.config import TrainConfig
 from trainer.losses import Embedded, Loss, get_loss, loss_file
 from trainer.pair_losses import nt_xent
+from trainer.user_losses import load_function
 
 CONFIG = TrainConfig(temperature=0.3)
 
@@ -150,3 +151,21 @@ def test_missing_files_and_modules_are_refused(tmp_path: Path) -> None:
         get_loss(f"{tmp_path / 'none.py'}:mine")
     with pytest.raises(ValueError, match=r"loss module 'no\.such' fails to import: ModuleNotFound"):
         get_loss("no.such:mine")
+
+
+def test_what_a_loss_raises_in_training_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch\n"
+        "def mine(z0, z1, config):\n"
+        "    if len(z0) == 3: raise torch.OutOfMemoryError('full')\n"
+        "    return (z0[:8] - z1).square().mean()\n"
+    )
+    function, _ = load_function(f"{path}:mine")
+    with pytest.raises(
+        ValueError, match=r"fails on \[32, 16\]: RuntimeError: .*line 4\)$"
+    ) as caught:
+        function(torch.ones(32, 16), torch.ones(32, 16), TrainConfig())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):  # no fault of the loss
+        function(torch.ones(3, 16), torch.ones(3, 16), TrainConfig())

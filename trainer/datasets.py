@@ -98,7 +98,7 @@ def load_dataset(
     train_limit: int | None = None,
     val_limit: int | None = None,
     test_limit: int | None = None,
-    cache_dir: Path | None = None,
+    cache_dir: Path | str | None = None,
     progress: Progress | None = None,
 ) -> DataSplits:
     """Load a source by name and split it; the same arguments give the same splits anywhere.
@@ -137,7 +137,7 @@ def load_dataset(
             in_memory,
             None if data_dir is None else Path(data_dir).expanduser(),
             download,
-            default_cache_dir() if cache_dir is None else cache_dir,
+            default_cache_dir() if cache_dir is None else Path(cache_dir),
             progress,
         )
         return _checked(name, source.load(request), classes)

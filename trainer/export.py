@@ -129,11 +129,12 @@ def save_encoder(
         file.write(content)
 
 
-def load_encoder(path: Path, device: torch.device | str = "cpu") -> ExportedEncoder:
+def load_encoder(path: Path | str, device: torch.device | str = "cpu") -> ExportedEncoder:
     """Read a file of `save_encoder`; a ValueError of one line says why it cannot be read.
 
     torch's generators are left as they are.
     """
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"encoder {path} does not exist or is no file; check the path")
     try:

@@ -34,7 +34,8 @@ def decode_image(data: bytes, image_size: int) -> NDArray[np.uint8]:
     """Decode one file's bytes -> uint8 [3, S, S]: upright, RGB, centre square, antialiased.
 
     Shorter side to `image_size` and centre crop in one resampling; transparency becomes white,
-    16-bit grey its upper 8 bits. Raises whatever Pillow raises for a corrupt file.
+    16-bit grey its upper 8 bits. Raises whatever Pillow raises for a corrupt file, and a
+    ValueError for numbers without a known range (float TIFF).
     """
     with Image.open(io.BytesIO(data)) as opened:
         image: Image.Image = opened
@@ -60,6 +61,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit PNG and TIFF: Pillow's own conversion clips at 255
         grey_SS = np.asarray(image).astype(np.int64)
         return Image.fromarray((grey_SS.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":  # Pillow would clip at 0 and 255, and most have a range of 0 to 1
+        raise ValueError("floating-point pixels have no known range; convert them to 8 or 16 bits")
     if image.has_transparency_data:  # what lies beneath transparent pixels is arbitrary
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -37,7 +37,8 @@ def load_function(ref: str) -> tuple[UserLoss, str]:
 
     A file is imported by its path, under a name of its own and without a change of `sys.path`.
     The function is tried on a few random embeddings, and wrapped so that it gets float32 outside
-    autocast. The description is its docstring's first line, or `ref`.
+    autocast; what it raises in training is a ValueError in one line. The description is its
+    docstring's first line, or `ref`.
 
     ValueError in one line: no such file, module or function, a file that fails to import, a
     function that raises, or one that returns anything but a finite scalar with a finite gradient
@@ -54,10 +55,11 @@ def load_function(ref: str) -> tuple[UserLoss, str]:
     if not callable(found):
         kind = type(found).__name__
         raise ValueError(f"loss {ref!r} is of type {kind}, not a function of two views and config")
+    file = getattr(module, "__file__", None)
     function: UserLoss = in_float32(found)
-    _try_out(ref, function, getattr(module, "__file__", None))
+    _try_out(ref, function, file)
     first_line = (found.__doc__ or "").strip().partition("\n")[0].strip()
-    return function, first_line or ref
+    return _blamed(ref, function, file), first_line or ref
 
 
 def loss_file(ref: str) -> Path | None:
@@ -107,6 +109,25 @@ def _raised(error: BaseException, file: str | None) -> str:
     frame = next((f for f in reversed(frames) if f.filename == file), frames[-1])
     kind = f"{type(error).__name__}: {message}".removesuffix(": ")
     return f"{kind} ({frame.filename}, line {frame.lineno})"
+
+
+def _blamed(ref: str, function: UserLoss, file: str | None) -> UserLoss:
+    """The function, with what it raises in training as a ValueError of one line.
+
+    But for what the device raises, kinds of RuntimeError of their own: memory that has run out.
+    """
+
+    def blamed(z0_BD: Tensor, z1_BD: Tensor, config: TrainConfig) -> Tensor:
+        try:
+            return function(z0_BD, z1_BD, config)
+        except Exception as error:
+            of_the_device = isinstance(error, RuntimeError) and type(error) is not RuntimeError
+            if of_the_device or isinstance(error, MemoryError):
+                raise
+            shape = list(z0_BD.shape)
+            raise ValueError(f"loss {ref!r} fails on {shape}: {_raised(error, file)}") from error
+
+    return blamed
 
 
 def _try_out(ref: str, function: UserLoss, file: str | None) -> None:

@@ -1,0 +1,37 @@
+"""What a user did wrong -> one line on standard error and the exit code of the command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+UsageError: Any = typer.BadParameter.__base__
+"""typer's mistakes in the use of commands and options; where it has them differs by release."""
+
+
+def run_app(app: typer.Typer) -> NoReturn:
+    """Run the command line; a ValueError, too, is the user's mistake."""
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UsageError as error:
+        asked = f"{error.ctx.command_path} --help" if error.ctx else "contrasweep --help"
+        _tell(f"{_in_one_line(error.format_message())}; see {asked}")
+    except ValueError as error:
+        _tell(_in_one_line(str(error)))
+    except OSError as error:  # a path that cannot be read or written
+        _tell(f"{error.filename}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(2)
+
+
+def _tell(mistake: str) -> None:
+    print(f"contrasweep: {mistake}", file=sys.stderr)
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split()).removesuffix(".")
