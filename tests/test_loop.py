@@ -365,7 +365,10 @@ def test_read_only_arrays_are_used_without_a_copy_or_a_warning(data: DataSplits)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"batch_size": 151}, "batch_size must be at most the 150 images .* got 151; set batch_size lower"),
+        (
+            {"batch_size": 151},
+            "batch_size must be at most the 150 images .* got 151; set batch_size lower",
+        ),
         ({"encoder": "vit"}, "encoder .*conv_small, resnet18.*'vit'"),
         ({"encoder_weights": "/nowhere"}, "encoder_weights '/nowhere' is no file"),
         ({"optimizer": "lion"}, "optimizer must be one of adam, adamw, sgd, lars; got 'lion'"),

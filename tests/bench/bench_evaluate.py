@@ -18,49 +18,23 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from stopwatch import CLOCKS, Clock, noise, seconds
+
 from trainer.config import TrainConfig
-from trainer.datasets import DataSplits, Split, load_for
+from trainer.datasets import DataSplits, load_for
 from trainer.evaluate import alignment, collapse, feature_std, knn_top1, rankme, uniformity
 from trainer.evaluator import _evaluating
 from trainer.linear_probe import linear_top1
 from trainer.loop import Trainer
 
 BOUND = 0.10
-Clock = Callable[[], float]
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
-
-
-def noise(size: int) -> DataSplits:
-    """CIFAR-10's numbers of images, of noise."""
-    rng = np.random.default_rng(0)
-
-    def split(count: int) -> Split:
-        images = rng.integers(0, 256, (count, 3, size, size), dtype=np.uint8)
-        return Split(images, rng.integers(0, 10, count))
-
-    train = split(45_000)
-    bank = Split(train.images[:20_000], train.labels[:20_000])
-    classes = tuple(str(number) for number in range(10))
-    return DataSplits("noise", classes, train, split(5_000), split(64), bank, (), MEAN, STD)
-
-
-def seconds(run: Callable[[], object], device: torch.device, clock: Clock) -> float:
-    """Seconds of one run."""
-    start = clock()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
 
 
 def parts(trainer: Trainer, data: DataSplits, clock: Clock) -> dict[str, float]:
@@ -117,7 +91,11 @@ def main() -> None:
         threads=arguments.threads,
         epochs=1000,
     )
-    data = load_for(config) if arguments.dataset else noise(arguments.size)
+    data = (
+        load_for(config)
+        if arguments.dataset
+        else noise(arguments.size, train=45_000, val=5_000, bank=20_000)
+    )
     trainer = Trainer(config, data)
     trainer._network.train()
 
@@ -126,7 +104,7 @@ def main() -> None:
             trainer._step()
 
     def evaluation() -> None:
-        trainer._evaluator.measure(trainer.encoder, probe=False)
+        trainer._evaluator.measure(trainer.encoder, probe=False, at_the_end=False)
 
     clock = CLOCKS[arguments.clock]
     for warm in (steps, evaluation, lambda: parts(trainer, data, clock)):

@@ -17,37 +17,19 @@ import argparse
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from stopwatch import CLOCKS, noise, seconds
+
 from trainer.config import TrainConfig
-from trainer.datasets import DataSplits, Split
 from trainer.loop import Trainer
 
 BOUND = 1.15
-Clock = Callable[[], float]
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
-
-
-def noise(images: int, size: int) -> DataSplits:
-    """As many train images of noise, and a few others."""
-    rng = np.random.default_rng(0)
-
-    def split(count: int) -> Split:
-        return Split(
-            rng.integers(0, 256, (count, 3, size, size), dtype=np.uint8), np.arange(count) % 10
-        )
-
-    classes = tuple(str(number) for number in range(10))
-    train, few = split(images), split(64)
-    return DataSplits("noise", classes, train, few, few, few, (), MEAN, STD)
 
 
 def bare_step(trainer: Trainer) -> Callable[[], None]:
@@ -67,16 +49,6 @@ def bare_step(trainer: Trainer) -> Callable[[], None]:
     return step
 
 
-def seconds(step: Callable[[], object], steps: int, device: torch.device, clock: Clock) -> float:
-    """Seconds a step, over so many."""
-    start = clock()
-    for _ in range(steps):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (clock() - start) / steps
-
-
 def measure(encoder: str, arguments: argparse.Namespace) -> None:
     """Time one encoder and print its line."""
     config = TrainConfig(
@@ -90,16 +62,16 @@ def measure(encoder: str, arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         epochs=1000,
     )
-    trainer = Trainer(config, noise(4 * arguments.batch, arguments.size))
+    trainer = Trainer(config, noise(arguments.size, train=4 * arguments.batch))
     trainer._network.train()
     bare = bare_step(trainer)
     full_s, bare_s, clock = [], [], CLOCKS[arguments.clock]
     steps = arguments.steps if encoder == "conv_small" else max(1, arguments.steps // 8)
     for step in (trainer._step, bare):
-        seconds(step, 1, trainer.device, clock)  # warm-up
+        seconds(step, trainer.device, clock)  # warm-up
     for _ in range(arguments.turns):
-        full_s.append(seconds(trainer._step, steps, trainer.device, clock))
-        bare_s.append(seconds(bare, steps, trainer.device, clock))
+        full_s.append(seconds(trainer._step, trainer.device, clock, steps=steps))
+        bare_s.append(seconds(bare, trainer.device, clock, steps=steps))
     ratios = [full / alone for full, alone in zip(full_s, bare_s, strict=True)]
     print(
         f"{encoder:12}{1000 * statistics.median(full_s):10.1f}"
