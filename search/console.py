@@ -11,6 +11,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from search.run import SweepResult
+    from spaces.describe import Parameter
 
 LEADERS = 10
 UNTOLD = ("mark", "lr", "images_per_s", "peak_mem_bytes")
@@ -33,6 +34,20 @@ def print_known(known: dict[str, str], as_json: bool) -> None:
     for name, text in known.items():
         table.add_row(Text(name, style="bold"), Text(text))
     out_console.print(table)
+
+
+def print_space(parameters: list[Parameter], samples: list[dict[str, Any]]) -> None:
+    """What a space searches, a parameter a line, and some of its draws."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    for heading in ("parameter", "values", "only with"):
+        table.add_column(heading, overflow="fold")
+    for each in parameters:
+        table.add_row(Text(each.name, style="bold"), each.values, each.condition)
+    out_console.print(table)
+    out_console.print(f"\n{len(samples)} samples", style="dim")
+    for number, sample in enumerate(samples, start=1):
+        values = " ".join(f"{name}={_short(value, 3)}" for name, value in sample.items())
+        out_console.print(f"{number:2} {values}")
 
 
 def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:

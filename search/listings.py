@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Annotated
+
 import typer
 
-from search.console import print_known
+from search.console import print_json, print_known, print_space
 from search.options import Json
 
 listings = typer.Typer()
 
 
 @listings.command()
-def spaces(as_json: Json = False) -> None:
-    """The search spaces there are."""
-    from spaces import SPACES
+def spaces(
+    space: Annotated[str | None, typer.Argument(help="A space, to be shown whole.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The search spaces there are; with a name or FILE.py:FUNCTION, what that one searches."""
+    from spaces import SPACES, load_space
+    from spaces.describe import describe
 
-    print_known({name: _first_line(space) for name, space in SPACES.items()}, as_json)
+    if space is None:
+        print_known({name: _first_line(each) for name, each in SPACES.items()}, as_json)
+        return
+    parameters, samples = describe(load_space(space))
+    if as_json:
+        print_json({"parameters": [asdict(each) for each in parameters], "samples": samples})
+    else:
+        print_space(parameters, samples)
 
 
 @listings.command()

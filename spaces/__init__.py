@@ -30,6 +30,10 @@ from typing import Any, TypeAlias, cast
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
 
+from spaces.augmentations import augmentations
+from spaces.full import full
+from spaces.losses import losses
+from spaces.optim import optim
 from spaces.quick import quick
 from spaces.simclr import simclr
 
@@ -221,4 +225,8 @@ class _DefaultTrial:
 SPACES: dict[str, Space] = {
     "quick": quick,
     "simclr": simclr,
+    "losses": losses,
+    "augmentations": augmentations,
+    "optim": optim,
+    "full": full,
 }

@@ -132,6 +132,19 @@ def test_what_there_is_has_one_line_each(verb: str, tmp_path: Path) -> None:
     assert set(known) <= set(contrasweep(verb, cwd=tmp_path).stdout.split())
 
 
+def test_a_space_is_shown_whole(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        'def space(trial):\n    return {"lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True)}\n'
+    )
+    shown = json.loads(contrasweep("spaces", "mine.py:space", "--json", cwd=tmp_path).stdout)
+    lr = {"name": "lr", "values": "0.0001 to 0.01, log", "condition": ""}
+    assert shown["parameters"] == [lr]
+    assert len(shown["samples"]) == 10
+    lines = contrasweep("spaces", "losses", cwd=tmp_path).stdout
+    assert "loss: barlow_twins, vicreg" in lines
+    assert "10 loss=" in lines
+
+
 def test_help_is_quick_and_shows_defaults(tmp_path: Path) -> None:
     done = contrasweep("sweep", "--help", cwd=tmp_path)
     assert "--space" in done.stdout

@@ -15,11 +15,17 @@ from hypothesis import strategies as st
 from optuna.trial import BaseTrial
 
 from spaces import SPACES, Space, default_params, load_space, run_space, with_fixed
+from spaces.describe import describe
+from spaces.losses import OWN, losses
 from spaces.quick import quick
 from spaces.simclr import simclr
 from trainer.config import TrainConfig, parse_config
+from trainer.losses import LOSSES
+from trainer.unread import unread_fields
 
 REPOSITORY = Path(__file__).parents[1]
+ALIASES = {"lr_sgd": "lr", "lr_lars": "lr", "l2": "weight_decay"}
+"""Parameters of `optim` with ranges of their own -> the field that they give."""
 DEFAULTS = {name: field.default for name, field in TrainConfig.model_fields.items()}
 
 
@@ -66,19 +72,40 @@ def test_draws_build_configurations_and_stay_in_range(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_parameters_are_named_as_their_fields_and_reach_their_bounds(name: str) -> None:
+def test_parameters_are_fields_that_count_and_reach_their_bounds(name: str) -> None:
     study = random_study()
-    seen: dict[str, list[Any]] = {}
-    for _ in range(200):
+    seen: dict[str, set[Any]] = {}
+    choices: dict[str, int] = {}
+    for _ in range(400):
         trial = study.ask()
         fields = run_space(SPACES[name], trial)
-        assert {key: fields[key] for key in trial.params} == trial.params
-        for key, value in trial.params.items():
-            seen.setdefault(key, []).append(value)
-    assert set(seen) <= set(TrainConfig.model_fields)
+        own = {key: value for key, value in trial.params.items() if key not in ALIASES}
+        assert {key: fields[key] for key in own} == own
+        assert all(fields[ALIASES[key]] == trial.params[key] for key in trial.params.keys() - own)
+        assert not set(own) & set(unread_fields(parse_config(fields)))
+        for key, distribution in trial.distributions.items():
+            seen.setdefault(key, set()).add(trial.params[key])
+            if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+                choices[key] = len(distribution.choices)
+    assert set(seen) - set(ALIASES) <= set(TrainConfig.model_fields)
     assert len(seen) >= 4
-    assert all(len(set(values)) > 3 for values in seen.values())
+    assert all(len(values) >= choices.get(key, 4) for key, values in seen.items())
     assert (SPACES[name].__doc__ or "").strip()
+
+
+def test_every_loss_without_labels_is_in_the_space_of_losses() -> None:
+    assert set(OWN) == {name for name, loss in LOSSES.items() if "labels" not in loss.needs}
+    for name in OWN:  # of what it alone reads, the weights that only scale it aside
+        trial = random_study().ask()
+        fields = with_fixed(losses, {"loss": name})(trial)
+        assert "loss" not in trial.params
+        assert set(LOSSES[name].own_fields) - set(fields) <= {
+            "vicreg_invariance",
+            "vicreg_variance",
+        }
+    assert set(with_fixed(losses, {"loss": "sup_con"})(random_study().ask())) == {
+        *("loss", "strength", "crop_min_scale", "optimizer", "lr")
+    }
 
 
 def test_the_simclr_space_has_the_published_ranges() -> None:
@@ -262,6 +289,34 @@ def test_an_unknown_field_is_the_configurations_to_refuse() -> None:
         parse_config(fields)
 
 
+# What is told of a space
+
+
+def test_ranges_scales_and_conditions_are_told() -> None:
+    parameters, samples = describe(conditional)
+    told = {each.name: (each.values, each.condition) for each in parameters}
+    assert told == {
+        "loss": ("nt_xent, margin", ""),
+        "projector_hidden": ("64 to 256 (whole), in steps of 64", ""),
+        "temperature": ("0.5 to 1, log", "loss: nt_xent"),
+        "margin": ("0.25 to 0.75, in steps of 0.25", "loss: margin"),
+        "colour": ("False, True", ""),
+    }
+    assert len(samples) == 10
+    assert all(("margin" in sample) == (sample["loss"] == "margin") for sample in samples)
+    assert describe(conditional) == (parameters, samples)
+
+
+def test_a_condition_of_several_choices_is_a_share_of_the_draws() -> None:
+    def space(trial: BaseTrial) -> dict[str, Any]:
+        flags = [trial.suggest_categorical(name, [None, "on"]) for name in ("a", "b")]
+        return {"x": trial.suggest_float("x", 0.0, 1.0)} if any(flags) else {}
+
+    told = {each.name: each for each in describe(space)[0]}
+    assert told["a"].values == "none, on"
+    assert told["x"].condition in {f"in {share} % of the draws" for share in range(68, 83)}
+
+
 # References
 
 
@@ -315,8 +370,8 @@ def test_a_relative_path_is_found_from_the_working_folder(
 @pytest.mark.parametrize(
     ("ref", "message"),
     [
-        ("quik", r"unknown space 'quik'; known: quick, simclr"),
-        ("", r"unknown space ''; known: quick, simclr"),
+        ("quik", r"unknown space 'quik'; known: quick, simclr, losses, "),
+        ("", r"unknown space ''; known: quick, simclr, losses, "),
         ("mine.py", r"unknown space 'mine.py'; .* give mine.py:FUNCTION"),
         (":f", r"unknown space ':f'"),
         ("absent.py:space", r"space file '.*absent.py' does not exist"),
