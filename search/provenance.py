@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -41,15 +41,23 @@ def describe_data(data: DataSplits) -> dict[str, Any]:
         "bank": len(data.bank.labels),
         "classes": len(data.classes),
         "in_memory": isinstance(data.train.images, np.ndarray),
+        "labelled_in_memory": isinstance(data.val.images, np.ndarray),
         "skipped": len(data.skipped),
         "skipped_files": list(data.skipped[:NAMED_FILES]),
         "digest": digest.hexdigest()[:32],
     }
 
 
-def held_in_memory(described: dict[str, Any]) -> str:
+def held_in_memory(described: dict[str, Any]) -> Literal["yes", "no"]:
     """`in_memory` of the configuration that gives described data again: yes or no, never auto."""
     return "yes" if described.get("in_memory", True) else "no"
+
+
+def labelled_in_memory(described: dict[str, Any]) -> Literal["yes", "no"]:
+    """The same of the `labelled` source, which older records took to be held like the other."""
+    if "labelled_in_memory" not in described:
+        return held_in_memory(described)
+    return "yes" if described["labelled_in_memory"] else "no"
 
 
 def versions() -> dict[str, str]:

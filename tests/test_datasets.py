@@ -129,7 +129,8 @@ def test_both_ways_give_the_identical_data(mixed_folder: Path, tmp_path: Path) -
         assert one.labels.tolist() == other.labels.tolist() == other.images.labels.tolist()
     assert (held.mean, held.std) == (streamed.mean, streamed.std)
     described = [describe_data(each) for each in (held, streamed)]
-    assert [each.pop("in_memory") for each in described] == [True, False]
+    for mode in ("in_memory", "labelled_in_memory"):
+        assert [each.pop(mode) for each in described] == [True, False]
     assert described[0] == described[1]
     assert not (tmp_path / "none").exists()  # nothing is decoded beforehand
 
@@ -150,7 +151,7 @@ def test_available_memory_is_a_part_of_what_is_built_in() -> None:
 
 
 def test_small_sources_are_always_in_memory() -> None:
-    with pytest.raises(ValueError, match=r"in_memory=no is for folder:PATH and imagenet; 'digits'"):
+    with pytest.raises(ValueError, match="in_memory=no is for stl10, imagenet and folder:PATH; 'd"):
         load_dataset("digits", in_memory="no")
     assert isinstance(load_dataset("digits", in_memory="yes").train.images, np.ndarray)
 

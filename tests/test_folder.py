@@ -215,7 +215,7 @@ def foreign_test_class(folder: Path) -> None:
         (loose_images, "has no class folders with images; .*--labelled SOURCE"),
         (other_files, "has no images"),
         (one_class, "has one class with images, 'cat'"),
-        (all_corrupt, "has no readable images; 2 are corrupt"),
+        (all_corrupt, "has no readable images; 2 are corrupt; '.*cat/a.png' is corrupt: it is no "),
         (foreign_test_class, "holds out class 'owl' that train/ lacks"),
     ],
 )
@@ -228,6 +228,39 @@ def test_a_bad_folder_is_refused_in_one_line(
         load(folder, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def write_floats(folder: Path) -> Path:
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for number in range(20):
+            image = Image.fromarray(np.full((8, 8), number / 20, np.float32))
+            image.save(folder / label / f"{number:02}.tif")
+    return folder
+
+
+@pytest.mark.parametrize("in_memory", ["yes", "no"])
+def test_what_can_be_done_about_images_that_are_all_refused_is_told(
+    tmp_path: Path, in_memory: str
+) -> None:
+    folder = write_floats(tmp_path / "data")
+    why = r"/\w+/\d\d\.tif' is corrupt: .* no known range; convert them to 8 or 16 bits$"
+    with pytest.raises(ValueError, match=why) as caught:
+        load(folder, tmp_path / "cache", in_memory=in_memory)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_what_was_decoded_otherwise_before_is_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_floats(tmp_path / "data")
+    with monkeypatch.context() as before:  # floats were clipped to black
+        before.setattr("trainer.folder.FORMAT", 1)
+        before.setattr("trainer.folder.read_image", lambda *_: np.zeros((3, 32, 32), np.uint8))
+        load(folder, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"40 are corrupt; '.*/cat/00.tif' is"):
+        load(folder, tmp_path / "cache")
 
 
 def test_a_folder_without_a_path_is_refused() -> None:

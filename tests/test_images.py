@@ -16,6 +16,7 @@ from PIL import Image
 from trainer.images import (
     CorruptImageError,
     ImageFiles,
+    RawImages,
     channel_statistics,
     decode_image,
     pixels,
@@ -187,7 +188,8 @@ def test_nothing_but_corrupt_images_and_a_missing_file_are_errors_of_one_line(
     assert "\n" not in str(caught.value)
     for number in range(3):
         (folder / f"{number:02}.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"none of 3 images of .* can be decoded") as caught:
+    why = r"none of 3 images of .* can be decoded; '.*00.png' is corrupt: it is no image$"
+    with pytest.raises(ValueError, match=why) as caught:
         files.read(np.arange(3))
     assert "\n" not in str(caught.value)
 
@@ -214,6 +216,27 @@ def test_names_of_any_encoding_survive(tmp_path: Path) -> None:
     files = ImageFiles(str(folder), names, np.zeros(2, np.int64), 4)
     assert files.name(1) == "日本.png"
     assert (files.decoded() == 9).all()
+
+
+def test_bare_pixels_are_read_by_row_through_all_the_files(tmp_path: Path) -> None:
+    columns = np.random.default_rng(0).integers(0, 256, (7, 3, 6, 6), dtype=np.uint8)
+    columns[:3].tofile(tmp_path / "a.bin")
+    columns[3:].tofile(tmp_path / "b.bin")
+    files = (("a.bin", 3), ("b.bin", 4))
+    raw = RawImages(str(tmp_path), files, side=6, rows=np.arange(7), image_size=6)
+    upright = columns.transpose(0, 1, 3, 2)
+    assert (raw.decoded() == upright).all()
+    assert raw.decoded().flags.c_contiguous
+    images, corrupt = raw.read(np.array([5, 2, 2]))
+    assert (images == upright[[5, 2, 2]]).all()
+    assert corrupt == []
+    some = raw[np.array([6, 1])]
+    assert (some[::-1].decoded() == upright[[1, 6]]).all()
+    assert some.shape == (2, 3, 6, 6)
+    assert some.name(0) == "b.bin, image 3"
+    assert (pixels(raw, slice(2)) == upright[:2]).all()
+    assert raw[:0].decoded().shape == (0, 3, 6, 6)
+    assert channel_statistics(raw) == channel_statistics(upright)
 
 
 # Channel statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from search.provenance import describe_data
 from trainer.datasets import SOURCES, Split, load_dataset
+from trainer.images import RawImages
+from trainer.stream import reader
 
 
 def make_images(folder: Path, count: int, red: int) -> None:
@@ -177,6 +181,76 @@ def test_stl10_is_read_as_torchvision_reads_it(
     cut = load_dataset("stl10", image_size=image_size, train_limit=20, **where)
     assert len(cut.train) == 20
     assert ours(cut.bank) == ours(data.bank)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # few cores
+@pytest.mark.parametrize("image_size", [96, 32])
+def test_streamed_stl10_is_the_same_as_in_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image_size: int
+) -> None:
+    write_stl10(tmp_path, train=60, unlabelled=90, test=40)
+    monkeypatch.setattr("trainer.images._STATISTICS_FILES", 5)  # of image files, which are slow
+    held, streamed = (
+        load_dataset(
+            "stl10",
+            image_size=image_size,
+            in_memory=in_memory,
+            data_dir=tmp_path,
+            cache_dir=tmp_path / in_memory,
+        )
+        for in_memory in ("yes", "no")
+    )
+    assert not (tmp_path / "no").exists()
+    for part in ("train", "val", "test", "bank"):
+        one, other = getattr(held, part), getattr(streamed, part)
+        assert isinstance(one.images, np.ndarray)
+        assert isinstance(other.images, RawImages)
+        assert one.images.shape == other.images.shape
+        assert one.images.nbytes == other.images.nbytes
+        assert (one.images == other.pixels(slice(None))).all()
+        assert one.labels.tolist() == other.labels.tolist()
+    assert (held.mean, held.std, held.classes) == (streamed.mean, streamed.std, streamed.classes)
+    assert describe_data(held)["digest"] == describe_data(streamed)["digest"]
+    assert len(pickle.dumps(streamed)) < 10_000  # 190 images of 96 pixels have 5 MB
+    again = pickle.loads(pickle.dumps(streamed))
+    assert (again.test.pixels(np.array([3, 1])) == held.test.images[[3, 1]]).all()
+    rows = [torch.arange(70), torch.arange(120).flip(0)]
+    batches = list(reader(streamed.train.images, torch.device("cpu"), 2).batches(rows))
+    for batch, wanted in zip(batches, rows, strict=True):
+        assert (batch.numpy() == held.train.images[wanted.numpy()]).all()
+
+
+def test_auto_streams_an_stl10_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_stl10(tmp_path, train=20, unlabelled=20, test=20)
+    where: dict[str, Any] = {"data_dir": tmp_path, "cache_dir": tmp_path / "cache"}
+    for free, kind in ((4 * 60 * 3 * 32**2, np.ndarray), (4 * 60 * 3 * 32**2 - 1, RawImages)):
+        monkeypatch.setattr("trainer.sources.available_memory_bytes", lambda free=free: free)
+        assert isinstance(load_dataset("stl10", **where).train.images, kind)
+        labelled = load_dataset("digits", labelled="stl10", **where)
+        assert isinstance(labelled.train.images, np.ndarray)
+        assert isinstance(labelled.bank.images, kind)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # few cores
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_stl10_that_is_cut_off_or_gone_is_an_error_of_one_line(
+    tmp_path: Path, workers: int
+) -> None:
+    write_stl10(tmp_path, train=10, unlabelled=90, test=10)
+    data = load_dataset("stl10", in_memory="no", data_dir=tmp_path)
+    rows = torch.arange(len(data.train)).split(70)
+    path = tmp_path / "stl10_binary" / "unlabeled_X.bin"
+    for break_it, message in (
+        (lambda: os.truncate(path, 5 * 3 * 96**2), "unlabeled_X.bin': image [0-9]+ is cut off"),
+        (path.unlink, "unlabeled_X.bin': No such file"),
+    ):
+        break_it()
+        batches = reader(data.train.images, torch.device("cpu"), workers).batches(rows)
+        with pytest.raises(ValueError, match=message) as caught:
+            list(batches)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

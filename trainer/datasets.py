@@ -3,7 +3,7 @@
 Everything here is plain numpy, so that one copy of a data set can be shared by all processes
 of a machine, and nothing here imports torch. `train` carries labels where they are known; only
 the loss `sup_con` uses them. `test` is the source's own, or 20 % of it. Images that would take
-too much memory stay files (`images.py`), which `stream.py` reads.
+too much memory stay in files (`images.py`), which `stream.py` reads.
 
 Shapes: N images, 3 channels, S pixels a side.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import platformdirs
@@ -22,7 +21,7 @@ from trainer.cache import Progress
 from trainer.config import TrainConfig
 from trainer.folder import Classes
 from trainer.images import ImageFiles, Images, channel_statistics, pixels
-from trainer.sources import SOURCES, Found, Request, find_source
+from trainer.sources import SOURCES, Found, InMemory, Request, find_source
 from trainer.splits import limited, split_indices, stratified_pick
 
 __all__ = [
@@ -46,7 +45,7 @@ _BANK_SEED = 0  # the same for every run, so that runs compare
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 [N, 3, S, S], contiguous, or files; labels: int64 [N], indices into `classes`.
+    """images: uint8 [N, 3, S, S], contiguous, or in files; labels: int64 [N], into `classes`.
 
     A label is -1 where it is unknown.
     """
@@ -58,7 +57,7 @@ class Split:
         return len(self.labels)
 
     def pixels(self, rows: slice | NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Some images as an array [B, 3, S, S], the same whether they are files or not."""
+        """Some images as an array [B, 3, S, S], the same whether they are in files or not."""
         return pixels(self.images, rows)
 
 
@@ -92,7 +91,8 @@ def load_dataset(
     labels_needed: bool = True,
     image_size: int = 32,
     data_dir: str | Path | None = None,
-    in_memory: Literal["auto", "yes", "no"] = "auto",
+    in_memory: InMemory = "auto",
+    labelled_in_memory: InMemory | None = None,
     download: bool = False,
     split_seed: int = 0,
     train_limit: int | None = None,
@@ -110,9 +110,10 @@ def load_dataset(
 
     The limits cut their splits, stratified, after these are made, so none depends on another's.
     The bank follows `train_limit` where all of `train` is labelled. `in_memory=auto` decodes
-    beforehand what takes at most a quarter of the free memory. `progress(done, total)` counts
-    images that are being decoded. ValueError in one line: an unknown name, a source that is not
-    there, labels that are missing, and what the sources themselves refuse.
+    beforehand what takes at most a quarter of the free memory; `labelled_in_memory` says it of
+    the second source, None: as of the first. `progress(done, total)` counts images that are being
+    decoded. ValueError in one line: an unknown name, a source that is not there, labels that are
+    missing, and what the sources themselves refuse.
     """
     limits = {"train_limit": train_limit, "val_limit": val_limit, "test_limit": test_limit}
     for field, limit in limits.items():
@@ -128,13 +129,13 @@ def load_dataset(
         source, argument = find_source(name)
         if is_main and in_memory == "no" and not source.streams:
             raise ValueError(
-                f"in_memory=no is for folder:PATH and imagenet; {name!r} is always in memory"
+                f"in_memory=no is for stl10, imagenet and folder:PATH; {name!r} is always in memory"
             )
         request = Request(
             argument,
             classes,
             image_size,
-            in_memory,
+            in_memory if is_main else labelled_in_memory or in_memory,
             None if data_dir is None else Path(data_dir).expanduser(),
             download,
             default_cache_dir() if cache_dir is None else Path(cache_dir),
@@ -186,6 +187,7 @@ def load_for(
     config: TrainConfig,
     *,
     labels_needed: bool = True,
+    labelled_in_memory: InMemory | None = None,
     download: bool = False,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
@@ -198,6 +200,7 @@ def load_for(
         image_size=config.image_size,
         data_dir=config.data_dir,
         in_memory=config.in_memory,
+        labelled_in_memory=labelled_in_memory,
         download=download,
         split_seed=config.split_seed,
         train_limit=config.train_limit,
@@ -232,10 +235,6 @@ def _checked(name: str, found: Found, classes: Classes) -> _Images:
     """Drop what does not count, and labels that are not wanted; ValueError for what is missing."""
     rows = np.arange(len(found.labels)) if found.rows is None else found.rows
     labels, names = found.labels[rows], found.classes
-    if not len(rows):
-        raise ValueError(
-            f"data set {name!r} has no readable images; {len(found.skipped)} are corrupt"
-        )
     known = np.unique(labels[labels >= 0])
     if classes == "needed" and len(known) < 2:
         raise ValueError(

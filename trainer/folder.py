@@ -33,7 +33,7 @@ Classes = Literal["needed", "optional", "ignored"]
 """What the folders in a folder mean. needed: classes, or it is an error; optional: classes, where
 there are two or more of them; ignored: nothing."""
 
-FORMAT = 1
+FORMAT = 2
 """Raised when decoding or the cache's layout changes, so that older entries are not read."""
 
 _CHUNK = 64  # files a task: keeps all cores busy to the end and costs nothing per file

@@ -13,11 +13,10 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from trainer.cache import Progress, cached_images
 from trainer.folder import (
@@ -28,8 +27,18 @@ from trainer.folder import (
     decode_on_threads,
     list_images,
 )
-from trainer.images import Images, cores
+from trainer.images import (
+    ImageFiles,
+    Images,
+    RawImages,
+    StoredImages,
+    cores,
+    read_image,
+    resized,
+)
 
+InMemory: TypeAlias = Literal["auto", "yes", "no"]
+"""Whether images are decoded once and held in memory; auto: where they fit."""
 MEMORY_SHARE = 0.25
 """Share of the memory that is free which decoded images may take with `in_memory=auto`: the
 splits are copies of rows of the cache, and Ray's object store holds them once more."""
@@ -46,7 +55,7 @@ class Request(NamedTuple):
     argument: str
     classes: Classes
     image_size: int
-    in_memory: Literal["auto", "yes", "no"]
+    in_memory: InMemory
     data_dir: Path | None
     download: bool
     cache_dir: Path
@@ -74,7 +83,7 @@ class Found(NamedTuple):
 
 
 class Source(NamedTuple):
-    """One entry of `SOURCES`; `streams`: its images may be decoded as they are needed."""
+    """One entry of `SOURCES`; `streams`: its images may be read as they are needed."""
 
     description: str
     load: Callable[[Request], Found]
@@ -99,8 +108,8 @@ def _load_digits(request: Request) -> Found:
     digits = load_digits()
     grey_NHW = np.round(digits.images * (255 / 16)).astype(np.uint8)
     rgb_N3HW = np.repeat(grey_NHW[:, None], 3, axis=1)
-    resized = [_resized(image, request.image_size) for image in rgb_N3HW]
-    images = np.ascontiguousarray(np.stack(resized))
+    small = [resized(image, request.image_size) for image in rgb_N3HW]
+    images = np.ascontiguousarray(np.stack(small))
     classes = tuple(str(name) for name in digits.target_names)
     return Found(images, digits.target.astype(np.int64), classes, is_test=None)
 
@@ -127,14 +136,20 @@ def _load_cifar(name: str, dataset: Callable[..., Any], request: Request) -> Fou
     images_N3HW = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)
     labels = [np.asarray(part.targets, np.int64) for part in parts]
     test_N = np.repeat([False, True], [len(part) for part in labels])
-    images = np.ascontiguousarray(images_N3HW)
-    if request.image_size != images.shape[2]:
-        images = _resized_and_cached(name, str(zlib.crc32(images.data)), [images], request)
+    images = whole = np.ascontiguousarray(images_N3HW)
+    if request.image_size != whole.shape[2]:
+        images = _cached(
+            name,
+            str(zlib.crc32(whole.data)),
+            len(whole),
+            lambda row: resized(whole[row], request.image_size),
+            request,
+        )
     return Found(images, np.concatenate(labels), tuple(parts[0].classes), test_N)
 
 
 def _load_stl10(request: Request) -> Found:
-    """Map torchvision's files: to check their 3 GB against checksums takes 10 s at each start."""
+    """Read torchvision's files: to check their 3 GB against checksums takes 10 s at each start."""
     from torchvision.datasets import STL10
 
     if request.download:  # checked then
@@ -143,7 +158,7 @@ def _load_stl10(request: Request) -> Found:
         )
     folder = request.root / STL10.base_folder
     image_bytes = 3 * STL10_SIDE**2
-    images: list[NDArray[np.uint8]] = []
+    files: list[tuple[str, int]] = []
     labels: list[NDArray[np.int64]] = []
     stamps: list[str] = []
     try:
@@ -157,16 +172,24 @@ def _load_stl10(request: Request) -> Found:
                 raise ValueError(
                     f"{str(path)!r} is not a whole file of STL-10; delete it and add --download"
                 )
-            # The files go down the columns.
-            shape = (count, 3, STL10_SIDE, STL10_SIDE)
-            images.append(np.memmap(path, np.uint8, "r", shape=shape).transpose(0, 1, 3, 2))
+            files.append((path.name, count))
             labels.append(numbers)
             stamps.append(f"{count} {path.stat().st_mtime_ns}")
     except OSError:
         raise _absent("stl10", request) from None
     test_N = np.repeat([False, False, True], [len(part) for part in labels])
-    decoded = _resized_and_cached("stl10", "\0".join([str(folder), *stamps]), images, request)
-    return Found(decoded, np.concatenate(labels), STL10_CLASSES, test_N)
+    stored = RawImages(
+        folder=os.path.abspath(folder),
+        files=tuple(files),
+        side=STL10_SIDE,
+        rows=np.arange(len(test_N)),
+        image_size=request.image_size,
+    )
+    images: Images = stored
+    if not _stays_in_files(stored, request):
+        fingerprint = "\0".join([str(folder), *stamps])
+        images = _cached("stl10", fingerprint, len(stored), stored.image, request)
+    return Found(images, np.concatenate(labels), STL10_CLASSES, test_N)
 
 
 def _with_torchvision(name: str, request: Request, load: Callable[[], Any]) -> Any:
@@ -185,37 +208,24 @@ def _absent(name: str, request: Request) -> ValueError:
     )
 
 
-def _resized(image_3HW: NDArray[np.uint8], image_size: int) -> NDArray[np.uint8]:
-    """A square image -> [3, S, S], antialiased."""
-    if image_3HW.shape[1] == image_size:
-        return image_3HW
-    image = Image.fromarray(np.ascontiguousarray(image_3HW.transpose(1, 2, 0)))
-    resized = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(resized).transpose(2, 0, 1)
-
-
-def _resized_and_cached(
-    name: str, fingerprint: str, parts: list[NDArray[np.uint8]], request: Request
+def _cached(
+    name: str,
+    fingerprint: str,
+    count: int,
+    image: Callable[[int], NDArray[np.uint8]],
+    request: Request,
 ) -> NDArray[np.uint8]:
-    """Square images [n, 3, H, H] -> all parts in one [N, 3, S, S], kept like a decoded folder.
+    """Images `image(row)` of [3, S, S] -> one array [N, 3, S, S], kept like a decoded folder.
 
     `fingerprint` stands for the images' content.
     """
-    starts = np.cumsum([0, *(len(part) for part in parts)])
-
-    def resize(row: int) -> NDArray[np.uint8]:
-        part = int(np.searchsorted(starts, row, side="right")) - 1
-        return _resized(parts[part][row - starts[part]], request.image_size)
-
     key = f"{FORMAT}\0{request.image_size}\0{name}\0{fingerprint}"
     images, _ = cached_images(
         request.cache_dir,
         hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32],
-        count=int(starts[-1]),
+        count=count,
         image_size=request.image_size,
-        decode=lambda: decode_on_threads(
-            int(starts[-1]), request.image_size, resize, threads=cores()
-        ),
+        decode=lambda: decode_on_threads(count, request.image_size, image, threads=cores()),
         about={"source": name},
         progress=request.progress,
     )
@@ -270,9 +280,7 @@ def _imagenet_classes(meta: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:
 def _of_listing(listing: Listing, request: Request) -> Found:
     is_test = listing.held_out if listing.held_out.any() else None
     files = listing.files(request.image_size)
-    if request.in_memory == "no" or (
-        request.in_memory == "auto" and files.nbytes > MEMORY_SHARE * available_memory_bytes()
-    ):
+    if _stays_in_files(files, request):
         return Found(files, listing.labels, listing.classes, is_test)
     images, corrupt = decode_listing(
         listing,
@@ -283,6 +291,11 @@ def _of_listing(listing: Listing, request: Request) -> Found:
     readable_N = np.ones(len(listing), bool)
     readable_N[list(corrupt)] = False
     rows = np.flatnonzero(readable_N)
+    if not len(rows):
+        raise ValueError(
+            f"data folder {listing.folder!r} has no readable images; {len(corrupt)} are corrupt; "
+            f"{_why_corrupt(files, corrupt[0])}"
+        )
     labels, classes = listing.labels, listing.classes
     if classes:  # those that only corrupt files stand for do not exist
         kept, numbers = np.unique(labels[rows], return_inverse=True)
@@ -291,6 +304,21 @@ def _of_listing(listing: Listing, request: Request) -> Found:
         labels[rows] = numbers
     skipped = tuple(files.name(row) for row in corrupt)
     return Found(images, labels, classes, is_test, skipped, rows)
+
+
+def _stays_in_files(images: StoredImages, request: Request) -> bool:
+    if request.in_memory == "auto":
+        return images.nbytes > MEMORY_SHARE * available_memory_bytes()
+    return request.in_memory == "no"
+
+
+def _why_corrupt(files: ImageFiles, row: int) -> str:
+    """Decode a file once more, since the cache says only that it is corrupt."""
+    try:
+        read_image(os.path.join(files.folder, files.name(row)), files.image_size)
+    except ValueError as error:
+        return str(error)
+    return f"delete the cache: {files.name(row)!r} can be decoded by now"
 
 
 def available_memory_bytes() -> int:
@@ -319,6 +347,7 @@ SOURCES: dict[str, Source] = {
         "113,000 photographs of 96 pixels, 100,000 of them unlabelled, 10 classes; "
         "--download fetches 2.6 GB",
         _load_stl10,
+        streams=True,
     ),
     "imagenet": Source(
         "1.3 million photographs, 1,000 classes; data_dir has train/WNID/* and val/WNID/*",

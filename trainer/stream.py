@@ -1,7 +1,7 @@
 """Images of a split -> batches on the device, in the order of given rows.
 
 One reader for each way of keeping images: an array that lies on the device, or in the host's
-memory, and files that worker processes of torch's DataLoader decode ahead of their use. What they
+memory, and files that worker processes of torch's DataLoader read ahead of their use. What they
 yield depends on the rows alone, not on the device, the workers or their number. Leaves out the
 order of the rows, which is the caller's.
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.images import ImageFiles, Images, cores
+from trainer.images import Images, StoredImages, cores
 
 RESIDENT_SHARE = 0.2
 """Share of a GPU's free memory that one array may take: train, bank, val and test come one after
@@ -62,11 +62,11 @@ class Reader(Protocol):
 def reader(images: Images, device: torch.device, workers: int | None) -> Reader:
     """Make the reader of a split's images.
 
-    `workers` processes decode where images are files: 0 decodes in this process, None takes the
+    `workers` processes decode where images are in files: 0 decodes in this process, None takes the
     cores that it may use, at most 16. An array goes to a GPU once if it takes at most a fifth of
     the free memory, else batch by batch.
     """
-    if isinstance(images, ImageFiles):
+    if isinstance(images, StoredImages):
         return FileReader(images, device, min(cores(), MAX_WORKERS) if workers is None else workers)
     return ArrayReader(images, device)
 
@@ -119,7 +119,7 @@ class FileReader:
     Attributes: `corrupt`, names of the corrupt files met so far, in order; each was warned of.
     """
 
-    def __init__(self, files: ImageFiles, device: torch.device, workers: int) -> None:
+    def __init__(self, files: StoredImages, device: torch.device, workers: int) -> None:
         self._files = files
         self._device = device
         self._workers = workers
@@ -219,7 +219,7 @@ class _Done(NamedTuple):
 class _SharedPieces(Dataset[_Done]):
     """What a worker runs: decodes the rows of a task into its slot of the shared memory."""
 
-    def __init__(self, files: ImageFiles, shared_KP3SS: NDArray[np.uint8]) -> None:
+    def __init__(self, files: StoredImages, shared_KP3SS: NDArray[np.uint8]) -> None:
         self._files = files
         self._shared_KP3SS = shared_KP3SS
 
