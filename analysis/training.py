@@ -58,7 +58,9 @@ def _figure(reports: pd.DataFrame, names: list[str]) -> go.Figure:
             marker={"size": 5},
         )
     if "knn_top1" in names:
-        best = reports.sort_values("knn_top1", na_position="first").iloc[-1]
+        best = reports.iloc[
+            int(reports["knn_top1"].argmax())
+        ]  # the first of equals, as patience has it
         figure.add_scatter(
             x=[best["epoch"]],
             y=[best["knn_top1"]],

@@ -49,10 +49,10 @@ from search.options import (
     ValLimit,
     sweep_option,
 )
-from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
     from search.run import Sweep, SweepResult
+    from search.train import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -196,8 +196,8 @@ def train(
         raise ValueError("--from and --trial go together: --from runs/NAME --trial 17")
     recorded = None
     if resume is not None:
-        others = {"--out": out, "--patience": patience, "--test": test, "--from": repeat, **fields}
-        if taken := [name for name, value in others.items() if value]:
+        others = {"--out": out, "--patience": patience, "--test": test or None, "--from": repeat}
+        if taken := [name for name, value in others.items() if value is not None] + [*fields]:
             raise ValueError(f"--resume goes on with a run as it was; leave out {', '.join(taken)}")
         folder = resume.expanduser().resolve()
         run = read_run(folder)
@@ -209,7 +209,7 @@ def train(
         recorded = source.recorded
     else:
         run = plan_run(fields, set(fixed), patience=patience, test=test)
-    data = _load_data(run.loading(), download, cache_dir)
+    data = _load_data(run, download, cache_dir)
     if resume is None:
         folder = (out or Path("runs") / f"train-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
         folder = folder.resolve()
@@ -367,16 +367,18 @@ def _write_curves(folder: Path) -> Path:
     return write_curves(folder / "metrics.csv", folder / "curves.html")
 
 
-def _load_data(config: TrainConfig, download: bool, cache_dir: Path | None) -> Any:
+def _load_data(run: Run, download: bool, cache_dir: Path | None) -> Any:
     """The data of one run; without labels nothing but label-free measures is left of it."""
     from search.progress import DataProgress
     from trainer.datasets import load_for
     from trainer.loop import check_names
 
+    config = run.loading()
     check_names(config)
     data = load_for(
         config,
         labels_needed=False,
+        labelled_in_memory=run.labelled_in_memory,
         download=download,
         cache_dir=cache_dir,
         progress=DataProgress(err_console),

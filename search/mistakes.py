@@ -23,7 +23,8 @@ def run_app(app: typer.Typer) -> NoReturn:
     except ValueError as error:
         _tell(_in_one_line(str(error)))
     except OSError as error:  # a path that cannot be read or written
-        _tell(f"{error.filename}: {error.strerror or error}")
+        why = error.strerror or str(error)
+        _tell(why if error.filename is None else f"{error.filename}: {why}")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     sys.exit(2)

@@ -14,7 +14,7 @@ import optuna
 from search.asha import rungs_for
 from search.config import LABEL_FREE, SHARED_FIELDS, SweepConfig
 from search.journal import SweepState
-from search.provenance import describe_data, held_in_memory
+from search.provenance import describe_data, held_in_memory, labelled_in_memory
 from search.study import SAMPLERS
 from search.user_files import (
     LossFile,
@@ -30,8 +30,11 @@ from trainer.config import TrainConfig, parse_config
 
 if TYPE_CHECKING:
     from trainer.datasets import DataSplits
+    from trainer.sources import InMemory
 
 DRAWS = 32
+RARE_DRAWS = 1000
+"""Before a fixed field is called useless: one draw in 200 that reads it is found, 99 in 100."""
 SPACE_COPY = "space.py"
 MAY_CHANGE = ("name", "out", "max_hours", "gpus_per_trial", "address")
 """Fields of sweep.yaml that may be edited between a sweep and its `resume`."""
@@ -53,24 +56,25 @@ class Plan:
     """The user's own file, to be copied."""
     loss_files: tuple[LossFile, ...]
     """The user's own losses, to be copied; those of a sweep that goes on have been."""
-    drawn: list[TrainConfig]
-    """Configurations that the space gave when it was tried out."""
 
 
 def make_plan(
     config: SweepConfig,
     *,
+    new: bool = True,
     download: bool = False,
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     copied: tuple[LossFile, ...] = (),
     sweep_dir: Path = Path(),
-    in_memory: str | None = None,
+    in_memory: InMemory | None = None,
+    labelled_in_memory: InMemory | None = None,
 ) -> Plan:
     """Load space and data and try the space out; a ValueError is the user's, in one line.
 
+    The fixed fields of a `new` sweep must each count in some configuration.
     `copied` are losses whose copies in `sweep_dir` stand for their files; `in_memory` is how the
-    images were held before, none: as configured.
+    images were held before, and those of the labelled source; none: as configured.
     """
     from trainer.datasets import load_for
     from trainer.device import pick_device
@@ -83,11 +87,18 @@ def make_plan(
     configurations = [with_copied_loss(each, copied, sweep_dir) for each in draws.configurations]
     for each in configurations:
         check_names(each)
+        if each.device.startswith("cuda:"):
+            raise ValueError(
+                f"device is {each.device}, but Ray gives each trial its GPU; set device=cuda"
+            )
         if config.address is None:  # nodes of a cluster may have what this one lacks
             pick_device(each.device)
+    if new:
+        _check_fixed(config, space, configurations)
     data = load_for(
         base.model_copy(update={"in_memory": in_memory or base.in_memory}),
         labels_needed=config.objective not in LABEL_FREE,
+        labelled_in_memory=labelled_in_memory,
         download=download,
         cache_dir=cache_dir,
         progress=progress,
@@ -110,17 +121,7 @@ def make_plan(
         rungs=rungs,
         space_file=space_file(source),
         loss_files=copied or loss_files(draws.losses),
-        drawn=configurations,
     )
-
-
-def make_new_plan(config: SweepConfig, **loading: Any) -> Plan:
-    """`make_plan` for a new sweep, whose fixed fields must each count in some configuration."""
-    from trainer.unread import check_read
-
-    plan = make_plan(config, **loading)
-    check_read(config.fixed, plan.drawn)
-    return plan
 
 
 def make_plan_again(config: SweepConfig, state: SweepState, sweep_dir: Path, **more: Any) -> Plan:
@@ -142,7 +143,8 @@ def make_plan_again(config: SweepConfig, state: SweepState, sweep_dir: Path, **m
     check_loss_files(copied, sweep_dir)
     if config.in_memory == "auto":  # the memory that is free now must not change the data
         more["in_memory"] = held_in_memory(state.header["data"])
-    plan = make_plan(config, copied=copied, sweep_dir=sweep_dir, **more)
+        more["labelled_in_memory"] = labelled_in_memory(state.header["data"])
+    plan = make_plan(config, new=False, copied=copied, sweep_dir=sweep_dir, **more)
     _check_checkpoints(sweep_dir, state)
     if describe_data(plan.data)["digest"] != state.header["data"]["digest"]:
         raise ValueError(
@@ -177,6 +179,22 @@ def _check_checkpoints(sweep_dir: Path, state: SweepState) -> None:
                 raise ValueError(
                     f"{error}; delete {folder} to train trial {trial.number} from its beginning"
                 ) from None
+
+
+def _check_fixed(config: SweepConfig, space: Space, drawn: list[TrainConfig]) -> None:
+    """ValueError for a fixed field that no configuration of the space reads."""
+    from trainer.unread import check_read
+
+    try:
+        check_read(config.fixed, drawn)
+    except ValueError:  # a rare branch of the space may read it
+        study = optuna.create_study(sampler=SAMPLERS["random"](config.seed))
+        rare = []
+        for _ in range(RARE_DRAWS):
+            with contextlib.suppress(Exception):  # which costs that trial, not the sweep
+                fields = run_space(space, study.ask())
+                rare.append(parse_config({**config.base_fields(), **fields}))
+        check_read(config.fixed, drawn + rare)
 
 
 class Draws(NamedTuple):

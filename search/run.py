@@ -33,7 +33,7 @@ from search.config import (
 from search.driver import Driver
 from search.journal import FILE_NAME, SCHEMA, Journal, JournalError, SweepState, load_state
 from search.locks import LOCK_NAME, locked
-from search.plan import SPACE_COPY, Plan, check_unchanged, make_new_plan, make_plan_again
+from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again
 from search.provenance import describe_data, git_commit, versions
 from search.tracking import Recorder
 from search.uris import (
@@ -139,7 +139,7 @@ class Sweep:
                 f"the sweep {self.dir} exists; go on with 'contrasweep resume {self.dir}' or "
                 "choose another --name"
             )
-        plan = make_new_plan(self.config, **self._loading)
+        plan = make_plan(self.config, **self._loading)
         if self.config.objective in LABEL_FREE:
             self._on_note(f"{self.config.objective} ranks runs of one method only: fix the loss")
         with ray_cluster(self.config) as slots, self._writing(plan) as journal:

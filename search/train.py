@@ -18,7 +18,7 @@ from typing import Any
 from search.config import write_atomically
 from search.journal import FILE_NAME, TrialState, load_state
 from search.locks import LOCK_NAME, locked
-from search.provenance import describe_data, held_in_memory
+from search.provenance import describe_data, held_in_memory, labelled_in_memory
 from search.user_files import (
     LOSS_COPY,
     LossFile,
@@ -33,7 +33,8 @@ from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import TrainConfig, parse_config
 from trainer.datasets import DataSplits
 from trainer.export import save_encoder
-from trainer.loop import Diverged, Report, Trainer
+from trainer.loop import Diverged, Report, Trainer, check_names
+from trainer.sources import InMemory
 from trainer.unread import check_read
 
 CONFIG, RUN, METRICS, RESULT = "config.json", "run.json", "metrics.csv", "result.json"
@@ -53,8 +54,10 @@ class Run:
     """The user's own loss, whose copy in the run's folder is the one that is used."""
     data_digest: str | None = None
     """Of the data that it was begun with; None: it is new."""
-    in_memory: str | None = None
+    in_memory: InMemory | None = None
     """How that held its images; None: as the configuration says."""
+    labelled_in_memory: InMemory | None = None
+    """The same of its labelled source, for `load_for`; None: like the other images."""
 
     def loading(self) -> TrainConfig:
         """The configuration to load the data by: free memory must not change a run's data."""
@@ -110,6 +113,7 @@ class History:
 def plan_run(fields: dict[str, Any], given: set[str], *, patience: int | None, test: bool) -> Run:
     """A new run of these fields; ValueError where one of `given` would have no effect."""
     config = parse_config(fields)
+    check_names(config)
     check_read(given, [config])
     return Run(config, patience=patience, test=test)
 
@@ -130,7 +134,13 @@ def trial_to_repeat(sweep_dir: Path, number: int) -> TrialToRepeat:
     check_loss_files(files, sweep_dir, originals=False)
     config = with_copied_loss(parse_config(trial.config), files, sweep_dir)
     data = state.header["data"]
-    run = Run(config, marks, data_digest=data["digest"], in_memory=held_in_memory(data))
+    run = Run(
+        config,
+        marks,
+        data_digest=data["digest"],
+        in_memory=held_in_memory(data),
+        labelled_in_memory=labelled_in_memory(data),
+    )
     return TrialToRepeat(run, trial)
 
 
@@ -172,25 +182,27 @@ def train(
         )
     if run.test and not (len(data.bank) and len(data.test)):
         raise ValueError("--test needs labelled test images; name a source with --labelled")
-    if not resume and not _is_free(out):
-        raise ValueError(f"{out} is not empty; choose another --out, or go on with --resume {out}")
+    if not resume:
+        _check_free(out)
     trainer = Trainer(run.config, data, marks=run.marks)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         if not resume:
+            _check_free(out)  # another process may have begun meanwhile
             run = _begin(run, described, out)
         history = _continued(trainer, out) if resume else History()
         return _carry_out(run, trainer, history, data, out, progress, started)
 
 
-def _is_free(out: Path) -> bool:
-    """Whether a run may begin there: nothing is, but what a kill left of one that was beginning."""
+def _check_free(out: Path) -> None:
+    """ValueError if anything is in the folder but what a kill left of a run that was beginning."""
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if LOCK_NAME not in names:
-        return not names
-    half_written = tuple(f".{name}." for name in (LOSS_COPY, CONFIG, RUN))
-    names -= {LOCK_NAME, LOSS_COPY, CONFIG}  # run.json comes last
-    return all(name.startswith(half_written) for name in names)
+    if LOCK_NAME in names:
+        half_written = tuple(f".{name}." for name in (LOSS_COPY, CONFIG, RUN))
+        names -= {LOCK_NAME, LOSS_COPY, CONFIG}  # run.json comes last
+        names = {name for name in names if not name.startswith(half_written)}
+    if names:
+        raise ValueError(f"{out} is not empty; choose another --out, or go on with --resume {out}")
 
 
 def _carry_out(
@@ -208,13 +220,15 @@ def _carry_out(
 
     result: dict[str, Any] = {"dir": str(out), "metrics": {}, "diverged": None}
     try:
-        _train_to_the_end(run, trainer, history, out, progress)
+        try:
+            _train_to_the_end(run, trainer, history, out, progress)
+        finally:
+            result["samples_seen"] = trainer.samples_seen
+        result["metrics"] = _keep(run, trainer, history, data, out)
     except Diverged as error:
         result |= {"diverged": error.reason, "metrics": _known(history.rows[-1:])}
     stopped_early = _has_waited(run, history) and history.rows[-1]["mark"] < trainer.marks[-1]
-    result |= {"samples_seen": trainer.samples_seen, "stopped_early": stopped_early}
-    if result["diverged"] is None:
-        result["metrics"] = _keep(run, trainer, history, data, out)
+    result["stopped_early"] = stopped_early
     result["wall_s"] = round(time.monotonic() - started, 3)
     write_atomically(out / RESULT, json.dumps(result, indent=2) + "\n")
     return result
@@ -227,6 +241,7 @@ def _begin(run: Run, described: dict[str, Any], out: Path) -> Run:
         losses=loss_files([run.config.loss]),
         data_digest=described["digest"],
         in_memory=held_in_memory(described),
+        labelled_in_memory=labelled_in_memory(described),
     )
     copy_loss_files(run.losses, out)
     write_atomically(out / CONFIG, run.config.model_dump_json(indent=2) + "\n")
@@ -269,6 +284,7 @@ def _keep(
         assert history.best is not None
         kept = history.best
         trainer.load_state_dict(load_checkpoint(out / BEST).state)
+        trainer.check_features()  # an early report lets pass what no encoder may be
         if kept["linear_top1"] is None and run.config.linear_probe != "never":
             kept = {**kept, "linear_top1": trainer.linear_top1()}
     metrics = _known([kept])

@@ -23,6 +23,7 @@ from search.user_files import LossFile, with_copied_loss
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import parse_config
 from trainer.datasets import DataSplits
+from trainer.device import is_of_accelerator, is_out_of_memory
 from trainer.loop import Diverged, Report, Trainer
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -75,9 +76,9 @@ class ContrastiveTrainable(tune.Trainable):
                 outcome = {"outcome": "diverged", "reason": error.reason}
             except Exception as error:
                 traceback.print_exc()
-                if _poisons_process(error):
+                if is_of_accelerator(error):
                     raise
-                state = "oom" if _is_out_of_memory(error) else "error"
+                state = "oom" if is_out_of_memory(error) else "error"
                 outcome = {"outcome": state, "reason": f"{type(error).__name__}: {error}"[:1000]}
             if outcome["outcome"] != "report":
                 outcome["samples_seen"] = self._trainer.samples_seen if self._trainer else 0
@@ -145,15 +146,3 @@ def _logged(path: Path) -> Iterator[None]:
 def _figures(metrics: dict[str, Any]) -> str:
     shown = ("epoch", "train_loss", "knn_top1", "linear_top1", "alignment", "uniformity", "rankme")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def _poisons_process(error: Exception) -> bool:
-    """A sticky CUDA error: every later call in this process would fail with it."""
-    accelerator = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, accelerator) and not isinstance(error, torch.OutOfMemoryError)

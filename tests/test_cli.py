@@ -51,7 +51,8 @@ BAD_SWEEPS: dict[str, tuple[list[str], str]] = {
     "value out of range": (["--set", "temperature=-1"], "temperature"),
     "not a number": (["--set", "lr=fast"], "lr"),
     "field that nothing reads": (["--set", "margin=2"], "margin has no effect: loss=nt_xent"),
-    "device that is not here": (["--set", "device=cuda:99"], "CUDA devices here"),
+    "device that is not here": (["--set", "device=cuda:1"], "set device=cuda"),
+    "device of no kind": (["--set", "device=tpu"], "auto, cpu, cuda"),
     "not finite": (["--set", "lr=nan"], "lr"),
     "owned by an option": (["--set", "epochs=3"], "--epochs"),
     "set though the sweep decides": (["--set", "report_every=5"], "--report-every"),
@@ -177,7 +178,13 @@ def test_a_cluster_that_is_not_there_is_one_line(address: str, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_sweep_without_any_result_does_not_exit_with_success(tmp_path: Path) -> None:
-    done = contrasweep("sweep", "--set", "device=cuda:7", *TINY, cwd=tmp_path, check=False)
+    (tmp_path / "small.py").write_text(
+        "def small(z0, z1, config):\n"
+        "    if len(z0) > 8: raise KeyError('too many for me')\n"
+        "    return (z0 - z1).square().mean()\n"
+    )
+    loss = ["--set", "loss=small.py:small"]
+    done = contrasweep("sweep", *loss, *TINY, cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert "no trial came to a result" in done.stderr
 

@@ -137,13 +137,20 @@ def space(trial):
     if kind == "diverges":
         fields |= {"loss": "vicreg", "optimizer": "sgd", "lr": 100.0, "warmup": 0.0}
     if kind == "fails":
-        fields["device"] = "cuda:7"
+        fields["loss"] = os.path.abspath("small.py") + ":small"
     return fields
+"""
+SMALL = """
+def small(z0, z1, config):
+    if len(z0) > 8:
+        raise KeyError("too many for me")
+    return (z0 - z1).square().mean()
 """
 
 
 def test_failing_trials_are_told_apart_and_the_sweep_goes_on(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(SPACE)
+    (tmp_path / "small.py").write_text(SMALL)
     told, _ = finish(
         start(
             tmp_path, "sweep", "--space", "mine.py:space", "--trials", "8", "--epochs", "2",
@@ -158,7 +165,7 @@ def test_failing_trials_are_told_apart_and_the_sweep_goes_on(tmp_path: Path) -> 
         assert trial.state == ends[trial.params["kind"]], trial.reason
     assert set(told["trials"]) == {"diverged", "error", "completed"}
     failed = next(t for t in state.trials.values() if t.state == "error")
-    assert "cuda:7" in failed.reason
+    assert "fails on [64, 128]: KeyError: 'too many for me'" in failed.reason
     log = (tmp_path / "runs" / "s" / "trials" / str(failed.number) / "log.txt").read_text()
     assert "Traceback" in log
     diverged = next(t for t in state.trials.values() if t.state == "diverged")

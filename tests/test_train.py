@@ -13,10 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
+import trainer.sources
+from search.config import SweepConfig
+from search.journal import SweepState, TrialState
 from search.locks import LOCK_NAME, locked
+from search.plan import make_plan, make_plan_again
+from search.provenance import describe_data, labelled_in_memory
 from search.train import (
     BEST,
     ENCODER,
@@ -27,10 +35,11 @@ from search.train import (
     Run,
     read_run,
     train,
+    trial_to_repeat,
 )
 from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
-from trainer.datasets import DataSplits, Split, load_for
+from trainer.datasets import DataSplits, ImageFiles, Split, load_for
 from trainer.export import load_encoder
 from trainer.loop import Report, Trainer
 
@@ -129,6 +138,24 @@ def test_patience_stops_early_and_keeps_the_best(data: DataSplits, tmp_path: Pat
     trainer.load_state_dict(load_checkpoint(tmp_path / "run" / BEST).state)
     kept = load_encoder(tmp_path / "run" / ENCODER).features(data.val.images)
     torch.testing.assert_close(kept, trainer.features(data.val.images), rtol=1e-4, atol=1e-4)
+
+
+def test_patience_keeps_no_encoder_that_gives_one_point(
+    data: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Trainer._train_until
+
+    def lagging(trainer: Trainer, *arguments: Any) -> Any:
+        norm = [m for m in trainer.encoder.modules() if isinstance(m, nn.BatchNorm2d)][-1]
+        assert norm.running_mean is not None
+        norm.running_mean.fill_(1e6)
+        return trained(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "_train_until", lagging)
+    result = carry_out(Run(tiny(epochs=20, report_every=32), patience=2), data, tmp_path / "run")
+    assert "train for more steps" in result["diverged"]
+    assert result["stopped_early"]
+    assert not (tmp_path / "run" / ENCODER).exists()
 
 
 def test_patience_that_is_never_lost_trains_to_the_end(data: DataSplits, tmp_path: Path) -> None:
@@ -272,6 +299,75 @@ def test_other_data_are_refused(data: DataSplits, tmp_path: Path) -> None:
     other = replace(data, train=replace(data.train, images=images))
     with pytest.raises(ValueError, match="the data set digits has changed since the run began"):
         train(run, other, tmp_path / "run", resume=True)
+
+
+@pytest.fixture
+def large_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A folder that the free memory does not hold, and one that it does, with a corrupt file."""
+    rng = np.random.default_rng(0)
+    for label, count in (("large", 120), ("small/cat", 40), ("small/dog", 40)):
+        (tmp_path / label).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / label / f"{number:03}.png")
+    (tmp_path / "small" / "cat" / "007.png").write_bytes(b"no cat")
+    free = 4 * 100 * 3 * 16 * 16  # of which a quarter holds 100 images
+    monkeypatch.setattr(trainer.sources, "available_memory_bytes", lambda: free)
+    large, small = (f"folder:{tmp_path / name}" for name in ("large", "small"))
+    return {"dataset": large, "labelled": small}
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_each_source_is_held_again_as_it_was(
+    large_and_small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    config = tiny(**large_and_small, loader_workers=0)
+    where: dict[str, Any] = {"cache_dir": tmp_path / "cache"}
+    data = load_for(config, **where)
+    assert isinstance(data.train.images, ImageFiles)
+    assert isinstance(data.val.images, np.ndarray)
+    assert data.skipped == ("cat/007.png",)
+    with pytest.raises(KeyboardInterrupt):
+        train(Run(config), data, tmp_path / "run", progress=StopAfter(1))
+
+    monkeypatch.setattr(trainer.sources, "available_memory_bytes", lambda: free)
+    run = read_run(tmp_path / "run")
+    again = load_for(run.loading(), labelled_in_memory=run.labelled_in_memory, **where)
+    assert isinstance(again.train.images, ImageFiles)
+    assert isinstance(again.val.images, np.ndarray)
+    assert describe_data(again) == describe_data(data)
+    assert train(run, again, tmp_path / "run", resume=True)["samples_seen"] == 384
+
+
+def test_a_run_of_before_sources_were_told_apart_is_read(data: DataSplits, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(Run(tiny()), data, tmp_path / "run", progress=StopAfter(1))
+    plan = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert plan.pop("labelled_in_memory") == "yes"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(plan))
+    assert read_run(tmp_path / "run").labelled_in_memory is None
+
+
+def test_a_sweep_holds_each_source_as_it_did(
+    large_and_small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = {"batch_size": 32, "image_size": 16, "device": "cpu"}
+    config = SweepConfig(**large_and_small, fixed=fixed)
+    described = describe_data(make_plan(config, cache_dir=tmp_path / "cache").data)
+    assert (described["in_memory"], described["labelled_in_memory"]) == (False, True)
+    state = SweepState(header={"data": described, "space_sha256": None})
+    for free in (0, 2**40):
+        monkeypatch.setattr(trainer.sources, "available_memory_bytes", lambda free=free: free)
+        plan = make_plan_again(config, state, tmp_path, cache_dir=tmp_path / "cache")
+        assert describe_data(plan.data) == described
+    trial = TrialState(0, {}, {}, {}, tiny(**large_and_small).model_dump(), True, 0.0)
+    trial.reports[50] = {"samples_seen": 50}
+    state.header["marks"], state.trials[0] = [50], trial
+    monkeypatch.setattr("search.train.load_state", lambda path: state)
+    repeated = trial_to_repeat(tmp_path, 0).run
+    assert (repeated.in_memory, repeated.labelled_in_memory) == ("no", "yes")
+    old = [labelled_in_memory({"in_memory": before}) for before in (True, False)]
+    assert old == ["yes", "no"]  # of a sweep before sources were told apart
 
 
 def test_two_processes_do_not_write_into_one_folder(data: DataSplits, tmp_path: Path) -> None:

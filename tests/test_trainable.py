@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from search.trainable import ContrastiveTrainable, _is_out_of_memory, _poisons_process
+from search.trainable import ContrastiveTrainable
 from trainer.datasets import DataSplits, load_dataset
+from trainer.device import is_of_accelerator, is_out_of_memory
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,8 @@ def test_an_allocation_that_fails_is_out_of_memory(
 ) -> None:
     with pytest.raises(RuntimeError) as failed:
         torch.empty(1 << 50)
-    assert _is_out_of_memory(failed.value)
-    assert not _is_out_of_memory(RuntimeError("shapes differ"))
+    assert is_out_of_memory(failed.value)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
 
     def allocate(*arguments: Any, **options: Any) -> None:
         torch.empty(1 << 50)
@@ -95,7 +96,7 @@ def test_an_allocation_that_fails_is_out_of_memory(
 
 
 def test_only_a_sticky_cuda_error_ends_the_process() -> None:
-    assert not _poisons_process(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not _poisons_process(RuntimeError("anything"))
+    assert not is_of_accelerator(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_of_accelerator(RuntimeError("anything"))
     if hasattr(torch, "AcceleratorError"):
-        assert _poisons_process(torch.AcceleratorError("device-side assert triggered"))
+        assert is_of_accelerator(torch.AcceleratorError("device-side assert triggered"))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from search.config import parse_sweep
+from search.plan import make_plan
 from trainer.augment import TwoViews
 from trainer.config import TrainConfig
 from trainer.losses import LOSSES
-from trainer.unread import check_read, unread_fields
+from trainer.unread import MAGNITUDES, check_read, unread_fields
 
 
 @pytest.mark.parametrize(
@@ -24,6 +27,12 @@ from trainer.unread import check_read, unread_fields
         ("rotation", {}, "the chance of rotation is 0; leave it out$"),
         ("flip_p", {"augment": "crop"}, "augment=crop leaves flip out"),
         ("strength", {"augment": "crop,flip"}, "there is no jitter, grayscale, blur or solarize"),
+        ("jitter", {"augment": "crop"}, "there is no jitter and no grayscale"),
+        ("rotation_p", {"rotation_p": 0.5, "rotation": 0}, "rotation_p has no effect: rotation: 0"),
+        ("hue", {"strength": 0}, "strength is 0"),
+        ("crop_p", {"crop_min_scale": 1}, "the whole image"),
+        ("uniform_t", {"loss": "align_uniform", "uniform_weight": 0}, "uniform_weight is 0"),
+        ("projector_hidden", {"projector_layers": 1}, "there is no hidden one"),
     ],
 )
 def test_a_field_without_effect_is_refused(given: str, more: dict[str, Any], message: str) -> None:
@@ -60,18 +69,57 @@ def test_a_users_own_loss_may_read_everything_of_losses(tmp_path: Any) -> None:
     assert not fields & set(unread_fields(TrainConfig(loss=f"{path}:mine")))
 
 
-def test_views_do_not_depend_on_what_is_called_unread() -> None:
-    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+VIEW_FIELDS = {
+    name: 0.37 if name.endswith("_p") else (info.default or 0.5) / 2 + 0.01
+    for name, info in TrainConfig.model_fields.items()
+    if name.endswith("_p") or name in {"strength", "crop_min_scale", *sum(MAGNITUDES.values(), ())}
+}
+"""Fields of views -> a value that is not the default."""
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "nothing": {"augment": "none"},
+    "crops": {"augment": "crop,flip"},
+    "whole crops": {"crop_min_scale": 1.0},
+    "grey": {"augment": "grayscale"},
+    "no strength": {"strength": 0.0, "blur_p": 0.5, "solarize_p": 0.5},
+    "no colour": {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "grayscale": 0},
+    "all": {f"{name}_p": 0.5 for name in MAGNITUDES},
+    "all of no magnitude": {f"{name}_p": 0.5 for name in MAGNITUDES}
+    | dict.fromkeys(("rotation", "translation", "scaling", "cutout", "blur_sigma", "solarize"), 0),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unread_are_the_fields_of_views_that_change_nothing(name: str) -> None:
+    images = torch.randint(0, 256, (128, 3, 16, 16), dtype=torch.uint8)
+    config = TrainConfig.model_validate(UNUSUAL[name])
 
     def views(config: TrainConfig) -> torch.Tensor:
         two_views = TwoViews(config, (0.5,) * 3, (0.2,) * 3, "cpu")
         return two_views(images, torch.Generator().manual_seed(0))
 
-    for augment in ("all", "none", "crop,flip", "jitter", "grayscale"):
-        config = TrainConfig(augment=augment)
-        expected = views(config)
-        for field in unread_fields(config):
-            value = getattr(config, field)
-            if isinstance(value, float):
-                changed = config.model_copy(update={field: value / 2 + 0.01})
-                assert torch.equal(views(changed), expected), field
+    expected, unread = views(config), unread_fields(config)
+    others: dict[str, Any] = {**VIEW_FIELDS, "jitter": "linear"}
+    for field, value in others.items():
+        same = torch.equal(views(config.model_copy(update={field: value})), expected)
+        assert same == (field in unread), field
+
+
+RARE = """
+def space(trial):
+    often = trial.suggest_float("lr", 1e-4, 1e-2) < 9.8e-3  # all but one in fifty
+    return {"loss": "nt_xent" if often else "margin"}
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1, 11])
+def test_a_sweep_may_fix_what_only_a_rare_branch_of_its_space_reads(
+    seed: int, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(RARE)
+    sweep: dict[str, Any] = {"space": f"{tmp_path}/mine.py:space", "seed": seed, "epochs": 2}
+    sweep |= {"name": "s", "out": str(tmp_path), "fixed": {"margin": 0.5}}
+    make_plan(parse_sweep(sweep))
+    make_plan(parse_sweep({**sweep, "space": "losses", "fixed": {"dclw_sigma": 0.5}}))
+    with pytest.raises(ValueError, match="queue_size has no effect: loss="):
+        make_plan(parse_sweep({**sweep, "fixed": {"queue_size": 64}}))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import TrainConfig
+from trainer.device import is_out_of_memory
 from trainer.losses import Embedded, Loss, get_loss, loss_file
 from trainer.pair_losses import nt_xent
 from trainer.user_losses import load_function
@@ -159,13 +160,19 @@ def test_what_a_loss_raises_in_training_is_one_line(tmp_path: Path) -> None:
         "import torch\n"
         "def mine(z0, z1, config):\n"
         "    if len(z0) == 3: raise torch.OutOfMemoryError('full')\n"
+        "    if len(z0) == 4: torch.empty(1 << 50)\n"
+        "    if len(z0) == 5: raise torch.linalg.LinAlgError('singular')\n"
         "    return (z0[:8] - z1).square().mean()\n"
     )
     function, _ = load_function(f"{path}:mine")
     with pytest.raises(
-        ValueError, match=r"fails on \[32, 16\]: RuntimeError: .*line 4\)$"
+        ValueError, match=r"fails on \[32, 16\]: RuntimeError: .*line 6\)$"
     ) as caught:
         function(torch.ones(32, 16), torch.ones(32, 16), TrainConfig())
     assert "\n" not in str(caught.value)
-    with pytest.raises(torch.OutOfMemoryError, match="full"):  # no fault of the loss
-        function(torch.ones(3, 16), torch.ones(3, 16), TrainConfig())
+    with pytest.raises(ValueError, match="LinAlgError: singular"):
+        function(torch.ones(5, 16), torch.ones(5, 16), TrainConfig())
+    for rows in (3, 4):  # no fault of the loss
+        with pytest.raises(RuntimeError) as failed:
+            function(torch.ones(rows, 16), torch.ones(rows, 16), TrainConfig())
+        assert is_out_of_memory(failed.value)

@@ -67,6 +67,19 @@ def peak_mem_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or, in torch's words or Python's, of the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def is_of_accelerator(error: BaseException) -> bool:
+    """Whether CUDA failed, which every later call in this process would see; torch 2.8 and up."""
+    accelerator = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, accelerator) and not isinstance(error, torch.OutOfMemoryError)
+
+
 def forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """What is drawn from torch's global generators within leaves them as they were."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])

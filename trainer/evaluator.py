@@ -122,6 +122,11 @@ class Evaluator:
             val_NF = self._encode_all(encoder, self._val)
             return self._accuracies(encoder, val_NF, self._data.val, probe=True)["linear_top1"]
 
+    def check(self, encoder: nn.Module) -> None:
+        """Raise `Diverged` if the validation features have collapsed, as at a run's end."""
+        with _evaluating(encoder):
+            self._check(encoder, self._encode_all(encoder, self._val), at_the_end=True)
+
     def _check(self, encoder: nn.Module, val_NF: Tensor, *, at_the_end: bool) -> None:
         """Raise `Diverged` if the validation features have collapsed.
 

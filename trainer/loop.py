@@ -240,7 +240,7 @@ class Trainer:
         at_the_end = self.samples_seen >= self.marks[-1]
         probe = {"always": True, "end": at_the_end, "never": False}[self.config.linear_probe]
         measures: dict[str, Any] = self._evaluator.measure(
-            self.encoder, probe=probe, at_the_end=at_the_end
+            self.encoder, probe=probe, at_the_end=self.samples_seen >= self.total_images
         )
         self._wall_s += time.perf_counter() - started
         return Report(
@@ -297,6 +297,13 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     # ------------------------------------------------------------------ measuring
+
+    def check_features(self) -> None:
+        """Raise `Diverged` if the encoder, as it is now, maps the validation images to one point.
+
+        Or to a line; as at a run's end, so that no such encoder is kept.
+        """
+        self._evaluator.check(self.encoder)
 
     def linear_top1(self) -> float | None:
         """Accuracy of a linear classifier on val, now; None without labels."""

@@ -21,7 +21,6 @@ MAGNITUDES: dict[Augmentation, tuple[str, ...]] = {
     "rotation": ("rotation",),
     "translation": ("translation",),
     "scaling": ("scaling",),
-    "crop": ("crop_min_scale",),
     "jitter": ("brightness", "contrast", "saturation", "hue"),
     "grayscale": ("grayscale",),
     "blur": ("blur_sigma",),
@@ -34,24 +33,57 @@ SCALED: tuple[Augmentation, ...] = ("jitter", "grayscale", "blur", "solarize")
 
 def unread_fields(config: TrainConfig) -> dict[str, str]:
     """The fields that do not count in this configuration, each with the reason."""
-    unread = {}
+    return _unread_of_losses(config) | _unread_of_choices(config) | _unread_of_views(config)
+
+
+def _unread_of_losses(config: TrainConfig) -> dict[str, str]:
     loss = get_loss(config.loss)
+    unread = {}
     for field in sorted({field for other in LOSSES.values() for field in other.own_fields}):
         if field not in loss.own_fields:
             losses = [name for name, other in LOSSES.items() if field in other.own_fields]
             unread[field] = _other_choice("loss", config.loss, losses)
-    for choice, fields in READERS.items():
-        chosen = getattr(config, choice)
-        for field, readers in fields.items():
-            if chosen not in readers:
-                unread[field] = _other_choice(choice, chosen, readers)
+    if config.loss == "align_uniform" and config.uniform_weight == 0:
+        unread["uniform_t"] = "uniform_weight is 0"
+    if config.projector_layers == 1:
+        unread["projector_hidden"] = "projector_layers is 1, so there is no hidden one"
+    return unread
+
+
+def _unread_of_choices(config: TrainConfig) -> dict[str, str]:
+    return {
+        field: _other_choice(choice, getattr(config, choice), readers)
+        for choice, fields in READERS.items()
+        for field, readers in fields.items()
+        if getattr(config, choice) not in readers
+    }
+
+
+def _unread_of_views(config: TrainConfig) -> dict[str, str]:
+    unread = {}
     for name in get_args(Augmentation):
+        magnitudes = MAGNITUDES.get(name, ())
         if config.augment != "all" and config.chance(name) == 0:
             unread[f"{name}_p"] = f"augment={config.augment} leaves {name} out"
         if config.chance(name) == 0:
-            unread |= dict.fromkeys(MAGNITUDES.get(name, ()), f"the chance of {name} is 0")
-    if not any(config.chance(name) for name in SCALED):
+            unread |= dict.fromkeys(magnitudes, f"the chance of {name} is 0")
+        elif name in SCALED and config.strength == 0:
+            unread |= dict.fromkeys((f"{name}_p", *magnitudes), "strength is 0")
+        elif magnitudes and not any(getattr(config, field) for field in magnitudes):
+            unread[f"{name}_p"] = f"{', '.join(magnitudes)}: 0"
+    if config.chance("crop") == 0:
+        unread["crop_min_scale"] = "the chance of crop is 0"
+    elif config.crop_min_scale == 1:
+        unread["crop_p"] = "crop_min_scale is 1, the whole image"
+    scaled = [
+        name
+        for name in SCALED
+        if config.chance(name) and any(getattr(config, field) for field in MAGNITUDES[name])
+    ]
+    if not scaled:
         unread["strength"] = f"there is no {', '.join(SCALED[:-1])} or {SCALED[-1]}"
+    if config.strength == 0 or not {"jitter", "grayscale"} & set(scaled):
+        unread["jitter"] = "there is no jitter and no grayscale"
     return unread
 
 

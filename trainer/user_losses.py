@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import TrainConfig
+from trainer.device import is_of_accelerator, is_out_of_memory
 from trainer.loss_inputs import in_float32
 
 UserLoss = Callable[[Tensor, Tensor, TrainConfig], Tensor]
@@ -114,15 +115,14 @@ def _raised(error: BaseException, file: str | None) -> str:
 def _blamed(ref: str, function: UserLoss, file: str | None) -> UserLoss:
     """The function, with what it raises in training as a ValueError of one line.
 
-    But for what the device raises, kinds of RuntimeError of their own: memory that has run out.
+    But for memory that has run out and errors of the accelerator: they are not the loss's fault.
     """
 
     def blamed(z0_BD: Tensor, z1_BD: Tensor, config: TrainConfig) -> Tensor:
         try:
             return function(z0_BD, z1_BD, config)
         except Exception as error:
-            of_the_device = isinstance(error, RuntimeError) and type(error) is not RuntimeError
-            if of_the_device or isinstance(error, MemoryError):
+            if is_out_of_memory(error) or is_of_accelerator(error):
                 raise
             shape = list(z0_BD.shape)
             raise ValueError(f"loss {ref!r} fails on {shape}: {_raised(error, file)}") from error

@@ -3,7 +3,7 @@
     python tests/bench/bench_evaluate.py [--dataset folder:PATH] [--encoder conv_small]
 
 45,000 train images, 5,000 for validation, a bank of 20,000. An evaluation encodes bank and
-validation images and two views of 1,024, and computes kNN and the label-free measures; without
+validation images and two views of 512, and computes kNN and the label-free measures; without
 the linear classifier, which by default is fitted at a run's end only, and is timed beside.
 An epoch is extrapolated from some steps. Both take turns, so that a busy machine slows both; where
 others compute on the same cores, `--threads 1 --clock cpu` counts this process's time alone.

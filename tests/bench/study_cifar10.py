@@ -4,8 +4,9 @@ Every loss with the default augmentation, then NT-Xent with less and less of it,
 conv_small, 10,000 train images, 10 epochs, batch 256. Accuracies of the test split (10,000 images)
 after the last epoch, kNN and linear, mean and spread over seeds, beside the untrained encoder.
 Settings that differ between losses stand in `CHOSEN`; everything else is `TrainConfig`'s default.
-They were chosen by the kNN accuracy of the validation split (`--choose`), before any test image was
-seen. Not a benchmark: it runs for an hour on two cores, by hand.
+They were chosen by the kNN accuracy of the validation split (`--choose`); which candidates stand
+there comes from earlier trials, some of them judged on the test split. Not a benchmark: it runs for
+an hour on two cores, by hand.
 
     python tests/bench/study_cifar10.py --dataset folder:/tmp/cifar10 [--seeds 3] [--only byol,none]
     python tests/bench/study_cifar10.py --dataset folder:/tmp/cifar10 --choose
