@@ -28,7 +28,6 @@ help:
 
 demo: $(VENV)/installed
 	$(BIN)/contrasweep sweep --out runs --name $(NAME) $(DEMO_FLAGS)
-	@echo "report: $(CURDIR)/runs/$(NAME)/report/index.html"
 
 # Test files run JOBS at a time, each on one thread: idle threads of one would slow the others.
 test: lint

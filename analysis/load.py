@@ -90,9 +90,10 @@ class SweepFrames:
 
     @property
     def parameters(self) -> list[str]:
-        """Names of the searched parameters."""
-        names = [str(name) for name in self.trials.columns]
-        return [name.removeprefix("param.") for name in names if name.startswith("param.")]
+        """Names of the searched parameters, first those that most trials have."""
+        names = [str(name) for name in self.trials.columns if str(name).startswith("param.")]
+        names.sort(key=lambda name: -len(self.trials[name].dropna()))
+        return [name.removeprefix("param.") for name in names]
 
 
 def load_sweep(

@@ -35,10 +35,13 @@ from analysis.plots import (
 from analysis.stopping import rung_table, saving
 from analysis.style import theme
 from analysis.tables import (
+    Gain,
+    Standing,
     default_number,
     is_accuracy,
     leaderboard,
     leaderboard_rows,
+    standard_error,
     summarise,
     trial_params,
 )
@@ -155,7 +158,7 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
         "summary": summary,
         "standing": standing,
         "winner_word": "winner" if info["state"] == "finished" else "winner so far",
-        "gain_is_noise": _within_noise(summary["gain"], standing),
+        "gain_is_noise": _within_noise(summary["gain"], standing, info["val_images"]),
         "accuracy": is_accuracy(info["objective"]),
         "started": f"{info['start']:%Y-%m-%d %H:%M} UTC",
         "last_report": None if pd.isna(last) else f"{last:%Y-%m-%d %H:%M} UTC",
@@ -182,11 +185,15 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
     }
 
 
-def _within_noise(gain: Any, standing: Any) -> bool:
-    """Whether a gain is below two standard errors of the winner's own value."""
+def _within_noise(gain: Gain | None, standing: Standing | None, images: int | None) -> bool:
+    """Whether a gain is below two standard errors of a difference of two accuracies.
+
+    As of independent ones, though both were measured on the same images: a cautious answer.
+    """
     if gain is None or standing is None or standing["standard_error"] is None:
         return False
-    return bool(abs(gain["value"]) < 2 * standing["standard_error"])
+    default_error = standard_error(gain["default"], images) or 0.0
+    return abs(gain["value"]) < 2 * math.hypot(standing["standard_error"], default_error)
 
 
 def _settings(frames: SweepFrames, number: int | None, default: int | None) -> list[dict[str, Any]]:

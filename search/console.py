@@ -59,14 +59,18 @@ def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
 
     names = [name for name in rows[0] if name not in LEADERBOARD_COLUMNS]
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    headings = ["trial", "state", objective, "epochs", *names]
+    if sum(max(5, *map(len, name.split("_"))) + 2 for name in names) + 34 > out_console.width:
+        columns, told = ["parameters"], _in_one_cell  # the space has too many for the terminal
+    else:
+        columns, told = names, _in_a_cell_each
+    headings = ["trial", "state", objective, "epochs", *columns]
     narrow = sum(len(heading) + 2 for heading in headings) + 16 > out_console.width
     for heading in headings:
         table.add_column(
             heading.replace("_", "\n") if narrow else heading,
-            justify="left" if heading == "state" else "right",
-            vertical="bottom",
-            no_wrap=heading not in names,
+            justify="left" if heading in ("state", "parameters") else "right",
+            vertical="bottom" if columns == names else "top",
+            no_wrap=heading not in columns,
             overflow="fold",
         )
     for row in rows[:LEADERS]:
@@ -75,13 +79,23 @@ def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
             row["state"],
             _short(row["objective"], 4),
             _short(row["epochs"], 3),
-            *(_short(row[name], 2) for name in names),
+            *told({name: row[name] for name in names}),
         )
     out_console.print(table)
     if len(rows) > LEADERS:
         out_console.print(f"and {len(rows) - LEADERS} more in leaderboard.csv", style="dim")
     if any(row["is_default"] for row in rows[:LEADERS]):
         out_console.print("* the default configuration", style="dim")
+
+
+def _in_a_cell_each(params: dict[str, Any]) -> list[str]:
+    return [_short(value, 2) for value in params.values()]
+
+
+def _in_one_cell(params: dict[str, Any]) -> list[str]:
+    """Only those that the trial has."""
+    known = {name: _short(value, 2) for name, value in params.items() if value is not None}
+    return ["  ".join(f"{name} {value}" for name, value in known.items())]
 
 
 def print_result(result: SweepResult, rows: list[dict[str, Any]]) -> None:
@@ -112,9 +126,13 @@ def print_status(answer: dict[str, Any]) -> None:
 
 def print_training(result: dict[str, Any]) -> None:
     """What one run came to: its metrics, beside those of the trial that it repeats."""
-    if result["stopped_early"]:
-        out_console.print("stopped early; the figures and the encoder are those of the best report")
     metrics = result["metrics"]
+    if metrics.get("samples_seen") not in (None, result["samples_seen"]):
+        early = "stopped early; " if result["stopped_early"] else ""
+        out_console.print(
+            f"{early}the figures and the encoder are those of the best report, at epoch "
+            f"{metrics['epoch']:.3g}"
+        )
     accuracies = [name for name in metrics if name.endswith("_top1")]
     for name in accuracies + [name for name in metrics if name not in (*accuracies, *UNTOLD)]:
         value, was = metrics[name], result.get("recorded", {}).get(name)

@@ -153,7 +153,9 @@ def read_run(out: Path) -> Run:
         plan["losses"] = from_json(plan["losses"])
         run = Run(config, **plan)
     except OSError as error:
-        raise ValueError(f"{out} holds no run of 'contrasweep train': {error}") from None
+        raise ValueError(
+            f"{out} holds no run of 'contrasweep train': no {error.filename}"
+        ) from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{out / RUN} or {CONFIG} is damaged, or of another version; start anew: {error!r}"

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, writes and refuses."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 TINY = ["--epochs", "1", "--trials", "2", "--train-limit", "200", "--set", "batch_size=64"]
 
@@ -144,6 +146,26 @@ def test_a_space_is_shown_whole(tmp_path: Path) -> None:
     lines = contrasweep("spaces", "losses", cwd=tmp_path).stdout
     assert "loss: barlow_twins, vicreg" in lines
     assert "10 loss=" in lines
+
+
+def test_a_leaderboard_of_many_parameters_fits_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from search import console
+
+    def told(width: int) -> str:
+        file = io.StringIO()
+        monkeypatch.setattr(console, "out_console", Console(width=width, file=file))
+        row: dict[str, Any] = {"number": 3, "state": "pruned", "is_default": False}
+        row |= {"objective": 0.5, "epochs": 2.0, "loss": "align_uniform", "margin": None}
+        row |= {f"parameter{number}": number for number in range(8)}
+        console.print_leaderboard([row], "knn_top1")
+        return file.getvalue()
+
+    assert "loss align_uniform  parameter0 0" in " ".join(told(80).split("\n"))
+    assert "margin" not in told(80)  # the trial has none
+    assert len(told(80).splitlines()) < 8
+    assert "parameter7" in told(200).splitlines()[0]
 
 
 def test_help_is_quick_and_shows_defaults(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_one_row_a_trial_with_its_state(recorded):
 
 
 def test_searched_parameters_have_their_types(recorded):
-    assert recorded.parameters == ["batch_size", "loss", "lr", "margin", "temperature"]
+    assert recorded.parameters == ["batch_size", "loss", "lr", "temperature", "margin"]
     trials = recorded.trials
     assert trials["param.batch_size"].dtype == "Int64"
     assert trials["param.lr"].dtype == "float64"

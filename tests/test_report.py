@@ -196,6 +196,20 @@ def test_a_small_gain_is_called_chance(sweep_store, record_sweep, fake_trial, tm
     assert "it may be chance" in read(sweep_store, "close", tmp_path).text
 
 
+def test_the_error_of_the_default_counts_beside_the_winners(
+    sweep_store, record_sweep, fake_trial, tmp_path
+):
+    # of 300 images: 1.7 errors of the difference, but 3.5 of the winner's own
+    trials = [
+        fake_trial(0, "completed", {"lr": 1e-3}, [0.9767] * 8, is_default=True),
+        fake_trial(1, "completed", {"lr": 1e-2}, [0.9933] * 8),
+    ]
+    record_sweep("close", trials, tags={"val_images": "300"})
+    assert "it may be chance" in read(sweep_store, "close", tmp_path).text
+    record_sweep("many", trials, tags={"val_images": "5000"})
+    assert "it may be chance" not in read(sweep_store, "many", tmp_path).text
+
+
 def test_an_empty_list_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least one sweep"):
         write_report([], tmp_path / "report")

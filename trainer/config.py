@@ -7,6 +7,7 @@ searching stand in `spaces/`.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Annotated, Literal, get_args
@@ -220,8 +221,10 @@ def parse_config(fields: Mapping[str, object]) -> TrainConfig:
         name = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            known = ", ".join(TrainConfig.model_fields)
-            raise ValueError(f"unknown field {name!r}; known fields: {known}") from None
+            close = difflib.get_close_matches(name, TrainConfig.model_fields, n=1)
+            known = f"known fields: {', '.join(TrainConfig.model_fields)}"
+            hint = f"did you mean {close[0]}?" if close else known
+            raise ValueError(f"unknown field {name!r}; {hint}") from None
         if not name:  # of several fields together
             raise ValueError(message) from None
         raise ValueError(f"{name}: {message}, got {first['input']!r}") from None
