@@ -58,9 +58,8 @@ def _figure(reports: pd.DataFrame, names: list[str]) -> go.Figure:
             marker={"size": 5},
         )
     if "knn_top1" in names:
-        best = reports.iloc[
-            int(reports["knn_top1"].argmax())
-        ]  # the first of equals, as patience has it
+        # the first of equals, as patience has it
+        best = reports.iloc[int(reports["knn_top1"].argmax())]
         figure.add_scatter(
             x=[best["epoch"]],
             y=[best["knn_top1"]],

@@ -192,8 +192,7 @@ def _check_fixed(config: SweepConfig, space: Space, drawn: list[TrainConfig]) ->
         rare = []
         for _ in range(RARE_DRAWS):
             with contextlib.suppress(Exception):  # which costs that trial, not the sweep
-                fields = run_space(space, study.ask())
-                rare.append(parse_config({**config.base_fields(), **fields}))
+                rare.append(_configuration(config, space, study.ask()))
         check_read(config.fixed, drawn + rare)
 
 
@@ -218,8 +217,7 @@ def _draw(config: SweepConfig, space: Space, base: TrainConfig) -> Draws:
     drawn = []
     for trial in trials:
         with _blaming_the_space(config.space):
-            fields = {**config.base_fields(), **run_space(space, trial)}
-        drawn.append(parse_config(fields))
+            drawn.append(_configuration(config, space, trial))
         for name in SHARED_FIELDS:
             if getattr(drawn[-1], name) != getattr(base, name):
                 raise ValueError(f"a space must not set {name}: it is the same for the whole sweep")
@@ -237,6 +235,10 @@ def _draw(config: SweepConfig, space: Space, base: TrainConfig) -> Draws:
         if isinstance(choice, str) and ".py:" in choice
     ]
     return Draws(defaults, drawn, [each.loss for each in drawn] + choices)
+
+
+def _configuration(config: SweepConfig, space: Space, trial: optuna.trial.BaseTrial) -> TrainConfig:
+    return parse_config({**config.base_fields(), **run_space(space, trial)})
 
 
 @contextlib.contextmanager
