@@ -112,6 +112,8 @@ def _record(
     experiment = client.get_experiment_by_name("contrasweep")
     where = experiment.experiment_id if experiment else client.create_experiment("contrasweep")
     sweep_id = f"id-{name}-{t0_ms}".replace("'", "")
+    twin = client.search_runs([where], f"tags.`contrasweep.sweep_id` = '{sweep_id}'")
+    assert not twin, f"two tests record a sweep {name!r}: each would read the other's trials"
     objective = (tags or {}).get("objective", "knn_top1")
     about = {
         "kind": "sweep",

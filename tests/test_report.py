@@ -204,10 +204,10 @@ def test_the_error_of_the_default_counts_beside_the_winners(
         fake_trial(0, "completed", {"lr": 1e-3}, [0.9767] * 8, is_default=True),
         fake_trial(1, "completed", {"lr": 1e-2}, [0.9933] * 8),
     ]
-    record_sweep("close", trials, tags={"val_images": "300"})
-    assert "it may be chance" in read(sweep_store, "close", tmp_path).text
-    record_sweep("many", trials, tags={"val_images": "5000"})
-    assert "it may be chance" not in read(sweep_store, "many", tmp_path).text
+    record_sweep("of 300", trials, tags={"val_images": "300"})
+    assert "it may be chance" in read(sweep_store, "of 300", tmp_path).text
+    record_sweep("of 5000", trials, tags={"val_images": "5000"})
+    assert "it may be chance" not in read(sweep_store, "of 5000", tmp_path).text
 
 
 def test_an_empty_list_is_refused(tmp_path):
