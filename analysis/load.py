@@ -37,7 +37,7 @@ RUNG_METRICS = ("rung_cutoff", "rung_competitors", "rung_stop")
 TRIAL_COLUMNS = (
     *("number", "state", "reason", "is_default", "objective", "best_objective"),
     *("samples_seen", "mark", "wall_s", "images_per_s", "start", "end"),
-    *("node", "seed", "rung", "run_id"),
+    *("node", "seed", "rung", "audited", "run_id"),
 )
 CURVE_COLUMNS = ("number", "metric", "samples_seen", "mark", "value", "time")
 DECISION_COLUMNS = ("number", "mark", "samples_seen", "value", "cutoff", "competitors", "stop")
@@ -318,11 +318,13 @@ def _trials_frame(runs: Sequence[Any], info: SweepInfo, curves: pd.DataFrame) ->
                 "node": tags.get(TAG + "node", ""),
                 "seed": tags.get(TAG + "seed", ""),
                 "rung": _whole(_number_tag(tags, "rung")),
+                "audited": _whole(_number_tag(tags, "audited")),
                 "run_id": run.info.run_id,
             }
         )
     frame = pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
-    frame["rung"] = frame["rung"].astype("Int64")
+    for column in ("rung", "audited"):
+        frame[column] = frame[column].astype("Int64")
     for column in ("start", "end"):
         frame[column] = pd.to_datetime(frame[column], utc=True)
     drawn = [_json_tag(run, "params", {}) for run in runs]

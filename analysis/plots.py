@@ -205,12 +205,14 @@ def importance_figure(results: Sequence[Importance]) -> go.Figure:
 
 
 def rung_figure(frames: SweepFrames) -> go.Figure:
-    """Stacked bars: how many trials passed and how many were stopped at each rung."""
+    """Stacked bars: trials that passed, were stopped and were audited at each rung."""
     table = rung_table(frames)
     rungs = [f"{rung:,}" for rung in table["rung"]]
     figure = go.Figure()
-    for column, label, colour in (("passed", "passed", BLUE), ("stopped", "stopped", ORANGE)):
-        counts = [int(count) for count in table[column]]
+    for column, colour in (("passed", BLUE), ("stopped", ORANGE), ("audited", GREY)):
+        counts, label = [int(count) for count in table[column]], column
+        if column == "audited" and not any(counts):
+            continue
         figure.add_bar(
             x=rungs,
             y=counts,

@@ -65,16 +65,31 @@ def write_report(frames: SweepFrames | Sequence[SweepFrames], out_dir: Path) -> 
     """Write `index.html` and `leaderboard.csv` into `out_dir`; returns the page's path.
 
     Several sweeps share one page that begins with their comparison. Each file appears whole
-    or not at all. ValueError for an empty list.
+    or not at all. ValueError for an empty list, and for sweeps of different objectives.
     """
     sweeps = [frames] if isinstance(frames, SweepFrames) else list(frames)
     if not sweeps:
         raise ValueError("a report needs at least one sweep, got none")
+    _check_one_objective(sweeps)
     out_dir.mkdir(parents=True, exist_ok=True)
     _write_atomic(out_dir / "leaderboard.csv", leaderboard_csv(sweeps))
     page = out_dir / "index.html"
     _write_atomic(page, render_page(sweeps))
     return page
+
+
+def _check_one_objective(sweeps: Sequence[SweepFrames]) -> None:
+    """Raise a one-line ValueError for sweeps whose values measure different things."""
+    first = sweeps[0].info
+    for frames in sweeps[1:]:
+        if frames.info["objective"] != first["objective"]:
+            had = " and ".join(
+                f"{info['objective']!r} of sweep {info['name']!r}" for info in (first, frames.info)
+            )
+            raise ValueError(
+                f"sweeps on one page must have one objective, got {had}: their values are not "
+                "comparable; report each on a page of its own"
+            )
 
 
 def leaderboard_csv(sweeps: Sequence[SweepFrames]) -> str:

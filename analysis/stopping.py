@@ -13,7 +13,10 @@ import pandas as pd
 
 from analysis.load import SweepFrames
 
-RUNG_COLUMNS = ("rung", "arrived", "passed", "stopped", "first_cutoff", "cutoff", "best", "worst")
+RUNG_COLUMNS = (
+    *("rung", "arrived", "passed", "stopped", "audited"),
+    *("first_cutoff", "cutoff", "best", "worst"),
+)
 
 
 class Saving(TypedDict):
@@ -26,15 +29,19 @@ class Saving(TypedDict):
     fraction: float  # saved / without, 0 where nothing ran
     slot_s: float  # time that one slot would have needed for what was saved
     wall_s: float | None  # the same spread over the sweep's slots, None where unknown
+    audited: int  # trials that would have been stopped, and ran on as an audit
+    audited_above: int  # of these, how many ended above every completed trial that was not audited
 
 
 def rung_table(frames: SweepFrames) -> pd.DataFrame:
     """One row a rung, in images: trials that arrived, passed and were stopped there.
 
+    A trial that waited there for a promotion which never came counts as stopped; `audited` are
+    those that would have been stopped and ran on to show what that would have cost.
     `first_cutoff` and `cutoff` are the cut-off at the first and at the last decision that had
     one; `best` and `worst` the objective's extremes among the arrivals.
     """
-    decisions = frames.decisions
+    decisions, trials = frames.decisions, frames.trials
     rungs = sorted({*frames.info["rungs"], *(int(mark) for mark in decisions["mark"])})
     times = frames.curves[frames.curves["metric"] == frames.info["objective"]]
     when = times.set_index(["number", "samples_seen"])["time"].to_dict()
@@ -45,13 +52,16 @@ def rung_table(frames: SweepFrames) -> pd.DataFrame:
         cutoffs = here.assign(time=order).sort_values("time")["cutoff"].dropna()
         values = here["value"].dropna()
         low, high = (values.min(), values.max()) if len(values) else (None, None)
-        stopped = int(here["stop"].sum())
+        waited = trials.loc[(trials["rung"] == rung).fillna(False), "number"]
+        stopped = int((here["stop"] | here["number"].isin(waited)).sum())
+        audited = int((trials["audited"] == rung).fillna(False).sum())
         rows.append(
             {
                 "rung": rung,
                 "arrived": len(here),
-                "passed": len(here) - stopped,
+                "passed": len(here) - stopped - audited,
                 "stopped": stopped,
+                "audited": audited,
                 "first_cutoff": cutoffs.iloc[0] if len(cutoffs) else None,
                 "cutoff": cutoffs.iloc[-1] if len(cutoffs) else None,
                 "best": high if frames.info["mode"] == "max" else low,
@@ -77,6 +87,9 @@ def saving(frames: SweepFrames) -> Saving:
     pace = pace.fillna(pace.median())
     spent, saved = int(trials["samples_seen"].sum()), int(left.sum())
     slot_s = float((left * pace).sum())
+    audited = trials["audited"].notna()
+    sign = 1.0 if info["mode"] == "max" else -1.0
+    ends = sign * trials["objective"].where(trials["state"] == "completed")
     return Saving(
         stopped=len(pruned),
         samples_seen=spent,
@@ -85,4 +98,6 @@ def saving(frames: SweepFrames) -> Saving:
         fraction=saved / (spent + saved) if spent + saved else 0.0,
         slot_s=slot_s,
         wall_s=slot_s / info["slots"] if info["slots"] else None,
+        audited=int(audited.sum()),
+        audited_above=int((ends[audited] > ends[~audited].max()).sum()),
     )

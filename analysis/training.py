@@ -13,6 +13,7 @@ from analysis.style import BLUE, GREEN, ORANGE, theme
 PANELS = (
     ("accuracy on validation images", ("knn_top1", "linear_top1")),
     ("training loss", ("train_loss",)),
+    ("loss on validation images", ("val_loss",)),
     ("alignment, uniformity (lower is better)", ("alignment", "uniformity")),
     ("effective rank of the features", ("rankme",)),
     ("spread of the features (0: collapsed)", ("feature_std",)),

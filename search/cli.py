@@ -8,9 +8,7 @@ Rooms are imported by the verb that needs them, so that `--help` is quick.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -19,7 +17,6 @@ import typer
 
 from search.config import (
     SweepConfig,
-    absolute_paths,
     parse_settings,
     parse_sweep,
     read_sweep_yaml,
@@ -31,7 +28,6 @@ from search.console import (
     print_leaderboard,
     print_result,
     print_status,
-    print_training,
 )
 from search.listings import listings
 from search.mistakes import INTERRUPTED, run_app
@@ -49,10 +45,12 @@ from search.options import (
     ValLimit,
     sweep_option,
 )
+from search.replays import replays
+from search.steering import steering
+from search.train_verb import training
 
 if TYPE_CHECKING:
     from search.run import Sweep, SweepResult
-    from search.train import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -61,7 +59,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distributed hyperparameter search for contrastive image pre-training.",
 )
-app.add_typer(listings)
+for verbs in (training, replays, steering, listings):
+    app.add_typer(verbs)
 
 
 def main() -> NoReturn:
@@ -81,10 +80,27 @@ def sweep(
     name: Annotated[str | None, sweep_option("name", "--name")] = None,
     out: Annotated[str | None, sweep_option("out", "--out")] = None,
     sampler: Annotated[str | None, sweep_option("sampler", "--sampler")] = None,
+    grid_points: Annotated[int | None, sweep_option("grid_points", "--grid-points")] = None,
+    points: Annotated[
+        Path | None, typer.Option(help="YAML list of parameters to try first.", show_default=False)
+    ] = None,
+    warm_start: Annotated[
+        list[str] | None, sweep_option("warm_start", "--warm-start", metavar="RUNS/OTHER")
+    ] = None,
     scheduler: Annotated[str | None, sweep_option("scheduler", "--scheduler")] = None,
+    promote: Annotated[bool | None, sweep_option("promote", "--promote/--no-promote")] = None,
+    brackets: Annotated[int | None, sweep_option("brackets", "--brackets")] = None,
     grace: Annotated[float | None, sweep_option("grace", "--grace")] = None,
     reduction: Annotated[int | None, sweep_option("reduction", "--reduction")] = None,
-    objective: Annotated[str | None, sweep_option("objective", "--objective")] = None,
+    min_competitors: Annotated[
+        int | None, sweep_option("min_competitors", "--min-competitors")
+    ] = None,
+    stratify: Annotated[str | None, sweep_option("stratify", "--stratify", metavar="FIELD")] = None,
+    audit: Annotated[float | None, sweep_option("audit", "--audit", metavar="FRACTION")] = None,
+    objective: Annotated[
+        str | None,
+        sweep_option("objective", "--objective", metavar="NAME[,NAME...]"),
+    ] = None,
     report_every: Annotated[float | None, sweep_option("report_every", "--report-every")] = None,
     settings: Settings = None,
     labelled: Labelled = None,
@@ -105,7 +121,22 @@ def sweep(
     gpus_per_trial: Annotated[
         float | None, sweep_option("gpus_per_trial", "--gpus-per-trial")
     ] = None,
+    memory_per_trial: Annotated[
+        float | None, sweep_option("memory_per_trial", "--memory-per-trial", metavar="GIB")
+    ] = None,
     max_hours: Annotated[float | None, sweep_option("max_hours", "--max-hours")] = None,
+    max_gpu_hours: Annotated[float | None, sweep_option("max_gpu_hours", "--max-gpu-hours")] = None,
+    max_images: Annotated[int | None, sweep_option("max_images", "--max-images")] = None,
+    on_budget: Annotated[str | None, sweep_option("on_budget", "--on-budget")] = None,
+    keep_checkpoints: Annotated[
+        int | None, sweep_option("keep_checkpoints", "--keep-checkpoints")
+    ] = None,
+    failures_alike: Annotated[
+        int | None, sweep_option("failures_alike", "--failures-alike")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the sweep would cost; start nothing.")
+    ] = False,
     address: Annotated[str | None, sweep_option("address", "--address")] = None,
     tracking_uri: Annotated[str | None, sweep_option("tracking_uri", "--tracking-uri")] = None,
     as_json: Json = False,
@@ -117,7 +148,14 @@ def sweep(
     fields = read_sweep_yaml(config) if config else {}
     fields |= {field: value for field, value in given.items() if value is not None}
     fields["fixed"] = {**(fields.get("fixed") or {}), **parse_settings(settings)}
+    if objective is not None:
+        fields["objective"], *fields["also"] = objective.split(",")
+    if points is not None:
+        fields["points"] = _points(points, fields)
     plan = parse_sweep(fields)
+    if dry_run:
+        _forecast(plan, as_json, download, cache_dir)
+        return
     _carry_out(lambda **more: Sweep(plan, **more), Sweep.run, as_json, download, cache_dir)
 
 
@@ -139,99 +177,6 @@ def resume(
 
 
 @app.command()
-def train(
-    dataset: Annotated[str | None, typer.Option(help="Source of images. (default: digits)")] = None,
-    labelled: Labelled = None,
-    settings: Settings = None,
-    epochs: Annotated[float | None, typer.Option(help="Length of the run. (default: 10)")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, views, order. (default: 0)")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder. (default: runs/train-TIME)", show_default=False)
-    ] = None,
-    in_memory: InMemory = None,
-    train_limit: TrainLimit = None,
-    val_limit: ValLimit = None,
-    test_limit: TestLimit = None,
-    data_dir: DataDir = None,
-    download: Download = False,
-    cache_dir: CacheDir = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop after this many reports without a better one; keep that."),
-    ] = None,
-    test: Annotated[
-        bool, typer.Option("--test", help="Use the test split once, at the end.")
-    ] = False,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an unfinished run.")
-    ] = None,
-    repeat: Annotated[
-        Path | None, typer.Option("--from", metavar="RUNS/NAME", help="Repeat a trial of a sweep.")
-    ] = None,
-    trial: Annotated[int | None, typer.Option(help="Which trial, with --from.", min=0)] = None,
-    as_json: Json = False,
-) -> None:
-    """Train one configuration, without Ray; with --from and --trial, one of a sweep's again."""
-    from search.train import plan_run, read_run, trial_to_repeat
-    from search.train import train as run_training
-    from search.train_display import TrainDisplay
-
-    given = {
-        "dataset": dataset,
-        "labelled": labelled,
-        "epochs": epochs,
-        "seed": seed,
-        "in_memory": in_memory,
-        "train_limit": train_limit,
-        "val_limit": val_limit,
-        "test_limit": test_limit,
-        "data_dir": data_dir,
-    }
-    fields = {key: value for key, value in given.items() if value is not None}
-    fixed = parse_settings(settings)
-    if twice := [name for name in fixed if name in fields]:
-        raise ValueError(f"{twice[0]} is given twice, by --set and by its own option")
-    fields = absolute_paths(fields | fixed)
-    if (repeat is None) != (trial is None):
-        raise ValueError("--from and --trial go together: --from runs/NAME --trial 17")
-    recorded = None
-    if resume is not None:
-        others = {"--out": out, "--patience": patience, "--test": test or None, "--from": repeat}
-        if taken := [name for name, value in others.items() if value is not None] + [*fields]:
-            raise ValueError(f"--resume goes on with a run as it was; leave out {', '.join(taken)}")
-        folder = resume.expanduser().resolve()
-        run = read_run(folder)
-    elif repeat is not None and trial is not None:
-        if fields:
-            raise ValueError(f"--from repeats a trial as it was; leave out {', '.join(fields)}")
-        source = trial_to_repeat(repeat.expanduser().resolve(), trial)
-        run = dataclasses.replace(source.run, patience=patience, test=test)
-        recorded = source.recorded
-    else:
-        run = plan_run(fields, set(fixed), patience=patience, test=test)
-    data = _load_data(run, download, cache_dir)
-    if resume is None:
-        folder = (out or Path("runs") / f"train-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
-        folder = folder.resolve()
-    try:
-        with TrainDisplay(err_console) as display:
-            result = run_training(run, data, folder, resume=resume is not None, progress=display)
-    except KeyboardInterrupt:
-        err_console.print(f"go on with: contrasweep train --resume {folder}", soft_wrap=True)
-        raise
-    result["curves"] = str(_write_curves(folder)) if result["metrics"] else None
-    if recorded is not None:
-        result["recorded"] = recorded.last_report["metrics"] if recorded.last_report else {}
-    if as_json:
-        print_json(result)
-    else:
-        print_training(result)
-    if result["diverged"]:
-        err_console.print(f"diverged: {result['diverged']}", soft_wrap=True)
-        raise typer.Exit(1)
-
-
-@app.command()
 def status(directory: SweepDir, as_json: Json = False) -> None:
     """How far a sweep is: trials by state, unfinished ones, the best so far."""
     from search.journal import FILE_NAME, load_state
@@ -249,7 +194,12 @@ def status(directory: SweepDir, as_json: Json = False) -> None:
         "planned": state.planned,
         "trials": state.counts(),
         "unfinished": [
-            {"trial": t.number, "samples_seen": t.samples_seen, "value": t.value(objective)}
+            {
+                "trial": t.number,
+                "samples_seen": t.samples_seen,
+                "value": t.value(objective),
+                "waits": t.paused_at is not None,
+            }
             for t in state.unfinished()
         ],
         "objective": objective,
@@ -285,6 +235,33 @@ def report(
 
 
 # ---- what the verbs share
+
+
+def _points(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    from search.points import read_points
+    from spaces import load_space, with_fixed
+
+    config = parse_sweep({**fields, "points": []})
+    return read_points(path, with_fixed(load_space(config.space), config.base_fields()))
+
+
+def _forecast(config: SweepConfig, as_json: bool, download: bool, cache_dir: Path | None) -> None:
+    from search.cluster import gpus_per_trial, ray_cluster
+    from search.forecast import forecast, print_forecast
+    from search.progress import DataProgress
+    from search.run import Sweep
+
+    sweep = Sweep(
+        config, download=download, cache_dir=cache_dir, data_progress=DataProgress(err_console)
+    )
+    plan = sweep.plan()
+    with contextlib.redirect_stdout(sys.stderr), ray_cluster(plan.config) as slots:
+        count, gpus = slots(), gpus_per_trial(plan.config)
+    found = forecast(plan, count, gpus_per_trial=gpus)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_forecast(found)
 
 
 def _carry_out(
@@ -329,8 +306,11 @@ def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
             soft_wrap=True,
         )
     if result.state != "finished":
-        err_console.print(f"go on with: contrasweep resume {result.dir}", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED)
+        first = "raise the budget in its sweep.yaml, then " if result.why == "budget" else ""
+        err_console.print(f"{first}go on with: contrasweep resume {result.dir}", soft_wrap=True)
+        if result.why == "budget":
+            return
+        raise typer.Exit(1 if result.why == "failing" else INTERRUPTED)
     if result.best is None and result.trials:
         err_console.print(f"no trial came to a result; see {result.dir / 'trials'}/*/log.txt")
         raise typer.Exit(1)
@@ -358,34 +338,3 @@ def _report(sweeps: list[Sweep]) -> tuple[Path, dict[str, list[dict[str, Any]]]]
         for each, frame in zip(sweeps, frames, strict=True)
     }
     return page, boards
-
-
-def _write_curves(folder: Path) -> Path:
-    """The page of a run's learning curves, from its metrics.csv."""
-    from analysis.training import write_curves
-
-    return write_curves(folder / "metrics.csv", folder / "curves.html")
-
-
-def _load_data(run: Run, download: bool, cache_dir: Path | None) -> Any:
-    """The data of one run; without labels nothing but label-free measures is left of it."""
-    from search.progress import DataProgress
-    from trainer.datasets import load_for
-    from trainer.loop import check_names
-
-    config = run.loading()
-    check_names(config)
-    data = load_for(
-        config,
-        labels_needed=False,
-        labelled_in_memory=run.labelled_in_memory,
-        download=download,
-        cache_dir=cache_dir,
-        progress=DataProgress(err_console),
-    )
-    if data.skipped:
-        names = ", ".join(data.skipped[:5])
-        err_console.print(f"skipped {len(data.skipped)} corrupt images: {names}, ...")
-    if not len(data.bank):
-        err_console.print("no labels: no accuracies; --labelled SOURCE names some")
-    return data

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from search.config import SweepConfig
-from search.journal import SweepState
+from search.state import SweepState
 
 GPUS_PER_TRIAL = 0.25
 DEAD_WORKERS_S = 60.0

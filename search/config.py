@@ -21,17 +21,28 @@ from pydantic import (
 
 from trainer.config import TrainConfig, parse_config
 
-LABEL_FREE = ("rankme",)
+LABEL_FREE = ("rankme", "val_loss")
 """Objectives that need no labels. They rank runs of one method only."""
 
 OBJECTIVES = {
     "knn_top1": ("max", "accuracy of a 20-nearest-neighbour vote on val, encoder features"),
     "linear_top1": ("max", "accuracy of a linear classifier on val, encoder features"),
     "rankme": ("max", "effective rank of the val features; ranks runs of one method only"),
+    "val_loss": ("min", "the loss on val; only where nothing that moves its scale is searched"),
 }
-"""name -> (direction, meaning). The training loss is none: temperature, batch size, views and
-loss function all move its scale, so its values cannot be compared between trials."""
+"""name -> (direction, meaning)."""
 
+SECOND_OBJECTIVES = {
+    "images_per_s": ("max", "speed of training"),
+    "peak_mem_bytes": ("min", "most memory that training took"),
+}
+"""Beside an accuracy in a Pareto set; alone they would choose the smallest model."""
+
+SAMPLER_NAMES = ("tpe", "random", "grid", "gp", "nsga2")
+UNSTOPPED_SAMPLERS = ("gp", "nsga2")
+"""They leave trials that were stopped early out of account: what they learn from would be the
+survivors alone."""
+SCHEDULER_NAMES = ("asha", "median", "none")
 PROVENANCE = "provenance"
 OWN_OPTIONS = (
     "dataset",
@@ -74,20 +85,61 @@ class SweepConfig(BaseModel):
 
     trials: int = Field(32, ge=1, le=1_000_000, description="configurations to try")
     epochs: float = Field(12.0, gt=0, description="full resource of a trial")
-    max_hours: float | None = Field(None, gt=0, description="wall time after which none is started")
+    max_hours: float | None = Field(None, gt=0, description="budget: wall time of the driver")
+    max_gpu_hours: float | None = Field(None, gt=0, description="budget: hours times GPUs held")
+    max_images: int | None = Field(None, ge=1, description="budget: images of all trials together")
+    on_budget: Literal["drain", "stop"] = Field(
+        "drain",
+        description="once a budget is spent: running trials go on to their end (drain), or stop "
+        "at their next report (stop); none is started",
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="of suggestions and of every trial's seed")
     default_trial: bool = Field(True, description="trial 0 is the default configuration")
 
-    sampler: str = Field("tpe", description="tpe or random")
-    scheduler: str = Field("asha", description="asha or none")
+    sampler: str = Field("tpe", description="tpe, random, grid; gp, nsga2 without a scheduler")
+    grid_points: int = Field(3, ge=2, le=100, description="values of a range in the grid")
+    points: list[dict[str, Any]] = Field(
+        default_factory=list, description="parameters to try first; what they leave out is drawn"
+    )
+    warm_start: list[str] = Field(
+        default_factory=list, description="folders of earlier sweeps that the sampler learns from"
+    )
+    scheduler: str = Field("asha", description="asha, median or none")
+    promote: bool = Field(
+        False, description="asha: trials wait at each rung, and the best ones there are promoted"
+    )
+    brackets: int = Field(1, ge=1, le=16, description="asha: brackets, each with a longer grace")
     grace: float = Field(1.0, gt=0, description="epochs before the first decision")
     reduction: int = Field(3, ge=2, le=16, description="one in this many goes on at a rung")
+    min_competitors: int | None = Field(
+        None, ge=1, description="values at a rung before it decides; none: as many as `reduction`"
+    )
+    stratify: str | None = Field(
+        None,
+        description="choice whose levels (all, or FIELD=LEVEL,LEVEL) get equal numbers of trials, "
+        "each level searched apart",
+    )
+    audit: float = Field(
+        0.0, ge=0, le=1, description="share of the trials to be stopped that run on all the same"
+    )
     objective: str = Field("knn_top1", description="what is maximised")
+    also: list[str] = Field(
+        default_factory=list, description="further objectives, for a Pareto set (nsga2)"
+    )
     report_every: float = Field(1.0, gt=0, description="epochs between reports")
 
     cpus_per_trial: float = Field(1.0, gt=0, description="cores, and threads, of a trial")
     gpus_per_trial: float | None = Field(
         None, ge=0, description="none: 0.25 where the cluster has GPUs, else 0"
+    )
+    memory_per_trial: float | None = Field(
+        None, gt=0, description="GiB of main memory that a trial may take; none: no limit"
+    )
+    keep_checkpoints: int = Field(
+        10, ge=1, description="best completed trials whose last checkpoint is kept"
+    )
+    failures_alike: int = Field(
+        5, ge=2, description="first trials that fail alike before the sweep gives up"
     )
     address: str | None = Field(None, description="Ray cluster; none: this machine alone")
     tracking_uri: str | None = Field(None, description="MLflow; none: OUT/mlflow.db")
@@ -95,22 +147,22 @@ class SweepConfig(BaseModel):
     @field_validator("objective", mode="after")
     @classmethod
     def _known_objective(cls, value: str) -> str:
-        if value in ("val_loss", "train_loss"):
+        if value == "train_loss":
             raise ValueError(
-                "a contrastive loss is not comparable between temperatures, batch sizes, "
-                f"augmentations or losses; use one of {', '.join(OBJECTIVES)}"
+                "the training loss is that of other images and views at each step; "
+                f"use one of {', '.join(OBJECTIVES)}"
             )
         return _one_of("objective", value, OBJECTIVES)
 
     @field_validator("sampler", mode="after")
     @classmethod
     def _known_sampler(cls, value: str) -> str:
-        return _one_of("sampler", value, ("tpe", "random"))
+        return _one_of("sampler", value, SAMPLER_NAMES)
 
     @field_validator("scheduler", mode="after")
     @classmethod
     def _known_scheduler(cls, value: str) -> str:
-        return _one_of("scheduler", value, ("asha", "none"))
+        return _one_of("scheduler", value, SCHEDULER_NAMES)
 
     @field_validator("name", mode="after")
     @classmethod
@@ -128,10 +180,11 @@ class SweepConfig(BaseModel):
                 f"grace must be at most the {self.epochs:g} epochs of a full trial, got "
                 f"{self.grace:g}; lower --grace or use --scheduler none"
             )
-        if self.objective == "linear_top1" and self.fixed.get("linear_probe", "always") != "always":
+        probe = self.fixed.get("linear_probe", "always")
+        if "linear_top1" in self.objectives and probe != "always":
             raise ValueError(
                 "the objective linear_top1 is fitted at every report; "
-                f"got linear_probe={self.fixed['linear_probe']}, leave it out"
+                f"got linear_probe={probe}, leave it out"
             )
         for field in OWN_OPTIONS:
             if field in self.fixed:
@@ -139,10 +192,52 @@ class SweepConfig(BaseModel):
                 raise ValueError(f"{field} is an option of the sweep: use {option}, not --set")
         return self
 
+    @model_validator(mode="after")
+    def _that_goes_together(self) -> SweepConfig:
+        if self.sampler in UNSTOPPED_SAMPLERS and self.scheduler != "none":
+            raise ValueError(
+                f"the sampler {self.sampler} leaves trials that were stopped early out of account, "
+                f"and would learn from the survivors alone; use --scheduler none or --sampler tpe"
+            )
+        if self.also and self.sampler != "nsga2":
+            raise ValueError(
+                f"several objectives need --sampler nsga2 --scheduler none, got --sampler "
+                f"{self.sampler}"
+            )
+        known = {**OBJECTIVES, **SECOND_OBJECTIVES}
+        for name in self.also:
+            _one_of("objective", name, known)
+        if len({self.objective, *self.also}) <= len(self.also):
+            raise ValueError(f"an objective is given twice: {', '.join(self.objectives)}")
+        if self.scheduler != "asha":
+            for name, given in (("promote", self.promote), ("brackets", self.brackets > 1)):
+                if given:
+                    raise ValueError(f"--{name} belongs to --scheduler asha, not {self.scheduler}")
+        if self.scheduler == "none" and self.audit:
+            raise ValueError("--audit lets trials run on that a scheduler would stop; none stops")
+        if self.stratify and self.also:
+            raise ValueError("--stratify searches one objective; leave out the further ones")
+        if self.stratify and self.sampler == "grid":
+            raise ValueError("a grid gives each level what it has; leave out --stratify")
+        if (stratified := (self.stratify or "").partition("=")[0]) in self.fixed:
+            raise ValueError(f"{stratified} is fixed by --set; leave out --stratify or --set")
+        return self
+
     @property
     def mode(self) -> str:
         """The objective's direction, max or min."""
         return OBJECTIVES[self.objective][0]
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The objective and those beside it."""
+        return (self.objective, *self.also)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Direction of each of the objectives."""
+        known = {**OBJECTIVES, **SECOND_OBJECTIVES}
+        return tuple(known[name][0] for name in self.objectives)
 
     def base_fields(self) -> dict[str, Any]:
         """The `TrainConfig` fields that every trial of this sweep shares."""
@@ -155,7 +250,8 @@ class SweepConfig(BaseModel):
             "val_limit": self.val_limit,
             "test_limit": self.test_limit,
             "epochs": self.epochs,
-            **({"linear_probe": "always"} if self.objective == "linear_top1" else {}),
+            **({"linear_probe": "always"} if "linear_top1" in self.objectives else {}),
+            **({"val_loss": True} if "val_loss" in self.objectives else {}),
             "threads": max(1, math.floor(self.cpus_per_trial)),
             "loader_workers": min(256, max(1, math.floor(self.cpus_per_trial))),
             **self.fixed,
@@ -169,6 +265,7 @@ class SweepConfig(BaseModel):
         changes["dataset"] = absolute_source(self.dataset)
         changes["labelled"] = absolute_source(self.labelled)
         changes["fixed"] = absolute_paths(self.fixed)
+        changes["warm_start"] = [str(Path(each).expanduser().resolve()) for each in self.warm_start]
         path, colon, function = self.space.rpartition(":")
         if colon and path.endswith(".py"):
             changes["space"] = f"{Path(path).expanduser().resolve()}:{function}"

@@ -107,8 +107,13 @@ def print_result(result: SweepResult, rows: list[dict[str, Any]]) -> None:
     if result.best is not None:
         value = result.best["value"]
         out_console.print(f"best: trial {result.best['trial']}, {result.objective} {value:.4f}")
+    if result.pareto:
+        out_console.print("Pareto set, of which no trial beats another in all objectives:")
+        for each in result.pareto:
+            values = ", ".join(f"{name} {value:.6g}" for name, value in each["values"].items())
+            out_console.print(f"  trial {each['trial']}: {values}")
     if result.reason:
-        out_console.print(result.reason)
+        out_console.print(result.reason, markup=False, soft_wrap=True)
 
 
 def print_status(answer: dict[str, Any]) -> None:
@@ -116,7 +121,8 @@ def print_status(answer: dict[str, Any]) -> None:
     counts = ", ".join(f"{count} {name}" for name, count in answer["trials"].items()) or "none yet"
     out_console.print(f"{answer['name']}: {answer['state']}; of {answer['planned']}: {counts}")
     for trial in answer["unfinished"]:
-        out_console.print(f"  trial {trial['trial']}: {trial['samples_seen']:,} images")
+        waits = ", waits for a promotion" if trial["waits"] else ""
+        out_console.print(f"  trial {trial['trial']}: {trial['samples_seen']:,} images{waits}")
     if answer["best"]:
         best = answer["best"]
         out_console.print(f"best: trial {best['trial']}, {answer['objective']} {best['value']:.4f}")

@@ -3,25 +3,38 @@
 A segment is a trial from a checkpoint (or from nothing) to a stop, and what Ray calls a trial.
 `Driver` hands out segments, takes in their results and writes the journal; the adapters in
 `search.searcher` and `search.schedulers` only translate Ray's hooks. Segments come in this
-order: unfinished trials of a killed sweep and trials whose worker died, then new suggestions
-while the budget lasts. So resume, retry and extending a finished sweep are one mechanism.
+order: unfinished trials of a killed sweep and trials whose worker died, then promoted trials, then
+new ones while the budget lasts. So resume, retry, promotion and extending a finished sweep are one
+mechanism. What a new trial is made of is decided in `search.proposals`, what a budget allows in
+`search.budget`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from search.asha import Asha, NoStopping, Scheduler
+from search.asha import Decision
+from search.brackets import Brackets, make_brackets
+from search.budget import spent_budget
+from search.commands import refusal
 from search.config import SweepConfig
-from search.journal import Journal, TrialState
-from search.study import Study, derived_seed
+from search.endings import ending_by_deaths, ending_of, first_failed_alike
+from search.journal import Journal
+from search.memory import killed_for_memory
+from search.proposals import Proposals
+from search.retention import Retention
+from search.seeds import derived_fraction
+from search.state import TrialState
+from search.strata import Strata
 from spaces import Space
-from trainer.config import parse_config
 
+T = TypeVar("T")
 MAX_DEATHS = 3
 MAX_REASON = 1000
 REPORT = "report"
@@ -53,19 +66,22 @@ class Driver:
 
     config: SweepConfig
     journal: Journal
-    study: Study
-    scheduler: Scheduler
+    proposals: Proposals
+    scheduler: Brackets
     total_images: int
-    defaults: dict[str, Any] | None
-    """Parameters of the default configuration, for trial 0; None: none is tried."""
     clock: Callable[[], float] = time.time
+    retention: Retention = field(default_factory=Retention)
     in_flight: set[int] = field(default_factory=set)
+    to_reissue: dict[int, None] = field(default_factory=dict)
+    """Unfinished trials that nobody works on and that wait for nothing, in order."""
     draining: str | None = None
     """Why no new trial is started; running ones stop at their next report."""
     worker_errors: dict[int, str] = field(default_factory=dict)
     """Trial -> what Ray said of the death of its worker, until that is journaled."""
     spent: str | None = None
-    """Which budget ran out before the planned trials did."""
+    """Which budget ran out, so that no new trial is suggested."""
+    gave_up: bool = False
+    """Whether the sweep ends because its first trials all failed alike."""
     crash: BaseException | None = None
     """An error that ends the sweep; Ray swallows what its hooks raise."""
 
@@ -75,39 +91,51 @@ class Driver:
         config: SweepConfig,
         journal: Journal,
         space: Space,
-        defaults: dict[str, Any] | None,
+        defaults: Mapping[str, Any] | None,
+        *,
+        strata: Strata = Strata(),  # noqa: B008  frozen
+        grid: Sequence[Mapping[str, Any]] = (),
         clock: Callable[[], float] = time.time,
+        delete: Callable[[str], None] = lambda path: None,
     ) -> Driver:
-        """Rebuild study and rungs from the journal's lines, and finish what they decided."""
-        header = journal.state.header
-        study = Study(
-            header["sweep_id"],
-            space,
-            sampler=config.sampler,
-            mode=config.mode,
-            seed=config.seed,
-            objective=config.objective,
-        )
-        trials = list(journal.state.trials.values())
-        study.restore(trials)
-        scheduler: Scheduler = NoStopping()
-        if config.scheduler == "asha":
-            scheduler = Asha(header["rungs"], config.reduction, config.mode)
+        """Rebuild study and rungs from the journal's lines, and finish what they decided.
+
+        `defaults` are the parameters of the default configuration, None if none is to be tried;
+        `delete` removes the checkpoint at a journaled path.
+        """
+        state = journal.state
         driver = cls(
             config=config,
             journal=journal,
-            study=study,
-            scheduler=scheduler,
-            total_images=header["total_images"],
-            defaults=defaults,
+            proposals=Proposals(config, state, space, defaults, strata, grid),
+            scheduler=make_brackets(config, state.header["rungs"]),
+            total_images=state.header["total_images"],
             clock=clock,
+            retention=Retention(config.keep_checkpoints, config.objective, config.mode, delete),
         )
-        for report in journal.state.reports:
-            value = report["metrics"].get(config.objective)
-            scheduler.report(report["number"], report["mark"], value)
-        for trial in trials:
-            if trial.state is None and driver._nothing_left(trial):
-                driver._finish(trial, *driver._ending(trial))
+        for trial in state.trials.values():
+            driver.scheduler.assign(trial.number, trial.stratum, trial.bracket)
+        for report in state.reports:
+            trial = state.trials[report["number"]]
+            if trial.audited_at is None or report["mark"] <= trial.audited_at:
+                value = report["metrics"].get(config.objective)
+                driver.scheduler.report(trial.number, report["mark"], value)
+        for trial in state.trials.values():
+            for rung in trial.promoted:
+                driver.scheduler.promote(trial.number, rung)
+            if trial.state is not None or trial.audited_at is not None:
+                driver.scheduler.leave(trial.number)
+        driver.retention.restore(journal)
+        if state.budget_spent is not None:
+            driver._stop_suggesting(state.budget_spent)
+        driver._look_at_budget()
+        for trial in state.unfinished():
+            if driver._nothing_left(trial):
+                driver._finish_as_decided(trial)
+            elif trial.deaths > MAX_DEATHS:
+                driver._finish(trial, *ending_by_deaths(trial, driver.total_images))
+            elif trial.paused_at is None:
+                driver.to_reissue[trial.number] = None
         return driver
 
     # ---- what next
@@ -120,69 +148,97 @@ class Driver:
             return Next.WAIT if self.in_flight else Next.FINISHED
         if len(self.in_flight) >= slots:
             return Next.WAIT
+        self._look_at_budget()
+        if self.draining:
+            return Next.WAIT if self.in_flight else Next.FINISHED
         state = self.journal.state
-        for trial in state.unfinished():
-            if trial.number not in self.in_flight:
-                return self._issue(trial)
-        while len(state.trials) < state.planned and not self._out_of_time():
-            trial = self._suggest(len(state.trials))
-            if trial.state is None:
-                return self._issue(trial)
-        return Next.WAIT if self.in_flight else Next.FINISHED
+        for number in self.to_reissue:
+            trial = state.trials[number]
+            return self._issue(trial, "again" if trial.attempts else "new")
+        promoted = None if self.spent else self._promote()
+        if promoted is not None:
+            return promoted
+        while len(state.trials) < state.planned and self._may_suggest():
+            suggested = self._suggest(len(state.trials))
+            if suggested is not None and suggested.state is None:
+                return self._issue(suggested, "new")
+            if self.draining:
+                break
+        if self.in_flight:
+            return Next.WAIT
+        return self._end_of_waiting()
 
     def drain(self, reason: str) -> None:
         """Start nothing more; running segments stop at their next report, with a checkpoint."""
         self.draining = self.draining or reason
 
-    def _out_of_time(self) -> bool:
-        limit = self.config.max_hours
-        state = self.journal.state
-        spent_s = state.wall_before_s + self.clock() - state.session_started
-        if limit is None or spent_s < limit * 3600:
-            return False
-        self.spent = f"the budget of {limit:g} hours is spent"
-        return True
+    def _may_suggest(self) -> bool:
+        left = self.proposals.exhausted is None or bool(self.journal.state.enqueued)
+        return left and self.spent is None
 
-    def _suggest(self, number: int) -> TrialState:
-        is_default = number == 0 and self.defaults is not None
-        suggestion = self.study.ask(number, self.defaults if is_default else None)
-        fields = {
-            **self.config.base_fields(),
-            "seed": derived_seed(self.config.seed, number, "trial"),
-            **suggestion.fields,
-        }
-        failure = suggestion.failure
-        try:
-            fields = parse_config(fields).model_dump()
-        except ValueError as error:
-            failure = failure or str(error)
-            fields = self.config.base_fields()
-        self.journal.append(
-            "suggested",
-            number=number,
-            params=suggestion.params,
-            distributions=suggestion.distributions,
-            system_attrs=suggestion.system_attrs,
-            config=fields,
-            default=is_default,
-        )
+    def _look_at_budget(self) -> None:
+        if self.spent is not None:
+            return
+        spent = spent_budget(self.config, self.journal.state, self.in_flight, self.clock())
+        if spent is None:
+            return
+        self.journal.append("budget_spent", reason=spent, then=self.config.on_budget)
+        self._stop_suggesting(spent)
+
+    def _stop_suggesting(self, reason: str) -> None:
+        self.spent = reason
+        if self.config.on_budget == "stop":
+            self.drain(reason)
+
+    def _promote(self, *, last: bool = False) -> Segment | None:
+        promotion = self.scheduler.next_promotion(last=last)
+        if promotion is None or promotion.number in self.in_flight:
+            return None  # the latter's checkpoint is still being saved
+        self.scheduler.promote(promotion.number, promotion.rung)
+        grounds = {"cutoff": promotion.cutoff, "competitors": promotion.competitors}
+        trial = self.journal.state.trials[promotion.number]
+        return self._issue(trial, "promoted", rung=promotion.rung, **grounds)
+
+    def _end_of_waiting(self) -> Segment | Next:
+        """Nothing runs and nothing new comes: promote a last one, or end those that still wait."""
+        if not self.spent:
+            promoted = self._promote(last=True)
+            if promoted is not None:
+                return promoted
+        for trial in self.journal.state.unfinished():
+            if self._audits(trial.number) and not self.spent:
+                segment = self._issue(trial, "audited")
+                self._told_at_audit(trial)
+                return segment
+            self._finish_as_decided(trial)
+        return Next.FINISHED
+
+    def _suggest(self, number: int) -> TrialState | None:
+        proposal = self.proposals.next(number)
+        if proposal is None:
+            return None
+        self.journal.append("suggested", number=number, **proposal.event)
         trial = self.journal.state.trials[number]
-        if failure is not None:
-            self._finish(trial, "error", f"the space failed: {failure}"[:MAX_REASON])
+        self.scheduler.assign(number, trial.stratum, trial.bracket)
+        if proposal.failure is not None:
+            reason = f"the space failed: {proposal.failure}"[:MAX_REASON]
+            self._finish(trial, "error", reason)
         return trial
 
-    def _issue(self, trial: TrialState) -> Segment:
+    def _issue(self, trial: TrialState, why: str, **grounds: Any) -> Segment:
         attempt = trial.attempts + 1
+        mark = trial.checkpoint_mark if trial.checkpoint else 0
         self.journal.append(
-            "started", number=trial.number, attempt=attempt, mark=trial.checkpoint_mark
+            "started", number=trial.number, attempt=attempt, mark=mark, why=why, **grounds
         )
+        self.to_reissue.pop(trial.number, None)
         self.in_flight.add(trial.number)
         return Segment(
             number=trial.number,
             attempt=attempt,
             fields=trial.config,
             checkpoint=trial.checkpoint,
-            checkpoint_mark=trial.checkpoint_mark,
+            checkpoint_mark=mark,
         )
 
     # ---- what came back
@@ -199,7 +255,8 @@ class Driver:
         trial = self.journal.state.trials[number]
         if mark not in trial.reports:
             value = result["metrics"].get(self.config.objective)
-            decision = self.scheduler.report(number, mark, value)
+            decision = self._decide(trial, mark, value)
+            told = trial.audited_at is None
             self.journal.append(
                 "report",
                 number=number,
@@ -210,9 +267,34 @@ class Driver:
                 node=result.get("node"),
                 pid=result.get("worker_pid"),
             )
-            self.study.report(number, mark, value)
-        stop = bool(trial.reports[mark]["decision"]["stop"])
-        return stop or mark >= self.total_images or self.draining is not None
+            if told:
+                self.proposals.study.report(number, mark, value)
+            if decision.audited:
+                self._told_at_audit(trial)
+            self._look_at_budget()
+        return self._ends_here(trial, mark)
+
+    def _decide(self, trial: TrialState, mark: int, value: float | None) -> Decision:
+        if trial.audited_at is not None:
+            return Decision(stop=False)
+        decision = self.scheduler.report(trial.number, mark, value)
+        finite = decision.cutoff is not None
+        if decision.stop and finite and self._audits(trial.number):
+            return dataclasses.replace(decision, stop=False, audited=True)
+        return decision
+
+    def _told_at_audit(self, trial: TrialState) -> None:
+        """From here on an audited trial runs for the report's sake alone."""
+        self.scheduler.leave(trial.number)
+        self.proposals.study.tell(trial.number, "pruned", trial.values(self.config.objectives))
+
+    def _audits(self, number: int) -> bool:
+        return derived_fraction(self.config.seed, number, "audit") < self.config.audit
+
+    def _ends_here(self, trial: TrialState, mark: int) -> bool:
+        waits = trial.paused_at is not None and mark >= trial.paused_at
+        decided = bool(trial.reports[mark]["decision"]["stop"]) or trial.stop_asked or waits
+        return decided or mark >= self.total_images or self.draining is not None
 
     def wants_checkpoint(self, result: Mapping[str, Any]) -> bool:
         """Whether the state behind this result is worth saving: not if the trial was stopped."""
@@ -220,14 +302,16 @@ class Driver:
             return False
         trial = self.journal.state.trials[int(result["number"])]
         mark = int(result["mark"])
-        if trial.reports[mark]["decision"]["stop"]:
+        if trial.reports[mark]["decision"]["stop"] or trial.stop_asked:
             return False
-        last = mark >= self.total_images or self.draining is not None
-        return last or bool(result["save_is_cheap"])
+        return self._ends_here(trial, mark) or bool(result["save_is_cheap"])
 
     def on_checkpoint(self, number: int, mark: int, path: str) -> None:
         """Journal a saved checkpoint; `path` is relative to the sweep's folder if it lies there."""
+        before = self.journal.state.trials[number].checkpoint
         self.journal.append("checkpoint", number=number, mark=mark, path=path)
+        if before is not None and Path(before).parent != Path(path).parent:
+            self.retention.delete(before)  # of an earlier segment, which Ray knows nothing of
 
     def on_segment_end(
         self, number: int, result: Mapping[str, Any] | None, reason: str = ""
@@ -241,38 +325,55 @@ class Driver:
             seen = int(result["samples_seen"])
             self._finish(trial, str(result["outcome"]), str(result["reason"]), seen)
         elif self._nothing_left(trial) or (result is not None and self._at_end(trial)):
-            self._finish(trial, *self._ending(trial))
+            self._finish_as_decided(trial)
         elif result is None:
             self._died(trial, reason)
+        elif trial.paused_at is None:
+            self.to_reissue[number] = None
+
+    def never_ran(self, number: int) -> None:
+        """A segment that was handed out came to nothing: it is handed out again."""
+        self.in_flight.discard(number)
+        self.to_reissue[number] = None
 
     def _died(self, trial: TrialState, reason: str) -> None:
         self.journal.append("died", number=trial.number, attempt=trial.attempts, reason=reason)
-        if trial.deaths > MAX_DEATHS and self._at_end(trial):
-            self._finish(trial, "completed", "its last checkpoint could not be saved")
-        elif trial.deaths > MAX_DEATHS:
-            self._finish(trial, "lost", f"its worker died {trial.deaths} times: {reason}")
+        if killed_for_memory(reason) and trial.deaths > 1:  # once may be another process's fault
+            self._finish(trial, "oom", reason[:MAX_REASON])
+        elif trial.paused_at is not None:
+            return  # it waits; what its last checkpoint lacks is trained again once promoted
+        elif trial.deaths <= MAX_DEATHS:
+            self.to_reissue[trial.number] = None
+        else:
+            self._finish(trial, *ending_by_deaths(trial, self.total_images))
+
+    def obey(self, command: Mapping[str, Any]) -> None:
+        """Carry out one command of the user's, journaled first; what makes no sense is refused."""
+        refused = refusal(command, self.journal.state, self.proposals.refusal)
+        more = {"refused": refused} if refused else {}
+        self.journal.append("command", command=dict(command), **more)
+        if refused:
+            return
+        number = command.get("trial")
+        if command["command"] == "stop" and number is None:
+            self.drain("stopped by command")
+        elif command["command"] == "stop" and int(str(number)) not in self.in_flight:
+            trial = self.journal.state.trials[int(str(number))]
+            self._finish_as_decided(trial)
+
+    # ---- how it ended
 
     def _at_end(self, trial: TrialState) -> bool:
         return self.total_images in trial.reports
 
     def _nothing_left(self, trial: TrialState) -> bool:
         """Stopped, or at the full resource with its last checkpoint saved."""
-        saved = trial.checkpoint_mark >= self.total_images
-        return trial.stop_recorded() is not None or (self._at_end(trial) and saved)
+        saved = trial.checkpoint is not None and trial.checkpoint_mark >= self.total_images
+        stopped = trial.stop_asked or trial.stop_recorded() is not None
+        return stopped or (self._at_end(trial) and saved)
 
-    def _ending(self, trial: TrialState) -> tuple[str, str]:
-        stop = trial.stop_recorded()
-        if stop is None:
-            return "completed", ""
-        decision = stop["decision"]
-        value = stop["metrics"].get(self.config.objective)
-        shown = "not finite" if value is None else f"{value:.4g}"
-        cutoff = decision["cutoff"]
-        against = "" if cutoff is None else f", cut-off {cutoff:.4g}"
-        return "pruned", (
-            f"{self.config.objective} {shown} at {decision['rung']:,} images{against} "
-            f"of {decision['competitors']} competitors"
-        )
+    def _finish_as_decided(self, trial: TrialState) -> None:
+        self._finish(trial, *ending_of(trial, self.config.objective, self.total_images))
 
     def _finish(self, trial: TrialState, state: str, reason: str, samples_seen: int = 0) -> None:
         last = trial.last_report
@@ -284,4 +385,24 @@ class Driver:
             mark=last["mark"] if last else 0,
             samples_seen=max(samples_seen, trial.samples_seen),
         )
-        self.study.tell(trial.number, state, trial.value(self.config.objective))
+        self.to_reissue.pop(trial.number, None)
+        self.scheduler.leave(trial.number)
+        if trial.audited_at is None:
+            self.proposals.study.tell(trial.number, state, trial.values(self.config.objectives))
+        self.retention.ended(trial, self.journal)
+        self._give_up_if_all_fail_alike()
+
+    def _give_up_if_all_fail_alike(self) -> None:
+        alike = first_failed_alike(self.journal.state, self.config.failures_alike)
+        if alike is not None:
+            self.gave_up = True
+            self.drain(alike)
+
+
+def guarded(driver: Driver, act: Callable[[], T], otherwise: T) -> T:
+    """Run one hook; an error is kept in `driver.crash`, since Ray would swallow or retry it."""
+    try:
+        return act()
+    except Exception as error:
+        driver.crash = driver.crash or error
+        return otherwise

@@ -13,8 +13,9 @@ from search.config import SweepConfig
 def sweep_option(field: str, *names: str, **more: Any) -> Any:
     """An option whose help and default are those of a `SweepConfig` field."""
     info = SweepConfig.model_fields[field]
-    default = "" if info.default is None else f" (default: {info.default})"
-    return typer.Option(*names, help=f"{info.description}{default}", show_default=False, **more)
+    default = info.get_default(call_default_factory=True)
+    shown = "" if default is None or default == [] else f" (default: {default})"
+    return typer.Option(*names, help=f"{info.description}{shown}", show_default=False, **more)
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import optuna
 
-from search.asha import rungs_for
+from search.brackets import plan_rungs
+from search.comparable import check_comparable
 from search.config import LABEL_FREE, SHARED_FIELDS, SweepConfig
-from search.journal import SweepState
+from search.memory import check_memory_limit
+from search.points import check_point, grid
 from search.provenance import describe_data, held_in_memory, labelled_in_memory
-from search.study import SAMPLERS
+from search.seeds import derived_seed
+from search.state import SweepState
+from search.strata import Strata
 from search.user_files import (
     LossFile,
     check_loss_files,
@@ -36,7 +42,10 @@ DRAWS = 32
 RARE_DRAWS = 1000
 """Before a fixed field is called useless: one draw in 200 that reads it is found, 99 in 100."""
 SPACE_COPY = "space.py"
-MAY_CHANGE = ("name", "out", "max_hours", "gpus_per_trial", "address")
+MAY_CHANGE = (
+    *("name", "out", "gpus_per_trial", "address", "keep_checkpoints", "memory_per_trial"),
+    *("max_hours", "max_gpu_hours", "max_images", "on_budget", "failures_alike"),
+)
 """Fields of sweep.yaml that may be edited between a sweep and its `resume`."""
 
 
@@ -56,6 +65,9 @@ class Plan:
     """The user's own file, to be copied."""
     loss_files: tuple[LossFile, ...]
     """The user's own losses, to be copied; those of a sweep that goes on have been."""
+    strata: Strata = field(default_factory=Strata)
+    grid: tuple[dict[str, Any], ...] = ()
+    """All points of the sampler `grid`, in the order in which they are tried."""
 
 
 def make_plan(
@@ -93,8 +105,14 @@ def make_plan(
             )
         if config.address is None:  # nodes of a cluster may have what this one lacks
             pick_device(each.device)
+    check_comparable(config.objectives, configurations)
+    if config.memory_per_trial is not None:
+        check_memory_limit(config.memory_per_trial)
     if new:
         _check_fixed(config, space, configurations)
+    for point in config.points:
+        check_point(space, point)
+    strata = _strata(config, draws)
     data = load_for(
         base.model_copy(update={"in_memory": in_memory or base.in_memory}),
         labels_needed=config.objective not in LABEL_FREE,
@@ -108,19 +126,20 @@ def make_plan(
     check_weights(configurations)
     train = len(data.train.labels)
     total = base.total_images(train)
-    rungs: tuple[int, ...] = ()
-    if config.scheduler == "asha":
-        rungs = rungs_for(max(1, round(config.grace * train)), config.reduction, total)
+    every = max(1, round(config.report_every * train))
+    rungs = plan_rungs(config, train, total, lambda extra: report_marks(total, every, extra))
     return Plan(
         config=config,
         space=space,
         defaults=draws.defaults,
         data=data,
         total_images=total,
-        marks=report_marks(total, max(1, round(config.report_every * train)), rungs),
+        marks=report_marks(total, every, rungs),
         rungs=rungs,
         space_file=space_file(source),
         loss_files=copied or loss_files(draws.losses),
+        strata=strata,
+        grid=_grid(config, space),
     )
 
 
@@ -188,7 +207,7 @@ def _check_fixed(config: SweepConfig, space: Space, drawn: list[TrainConfig]) ->
     try:
         check_read(config.fixed, drawn)
     except ValueError:  # a rare branch of the space may read it
-        study = optuna.create_study(sampler=SAMPLERS["random"](config.seed))
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=config.seed))
         rare = []
         for _ in range(RARE_DRAWS):
             with contextlib.suppress(Exception):  # which costs that trial, not the sweep
@@ -203,12 +222,14 @@ class Draws(NamedTuple):
     configurations: list[TrainConfig]
     losses: list[str]
     """Of the configurations, and further ones among the choices that they were drawn from."""
+    distributions: list[dict[str, optuna.distributions.BaseDistribution]]
+    """Of each random draw."""
 
 
 def _draw(config: SweepConfig, space: Space, base: TrainConfig) -> Draws:
     """The default configuration and random ones, drawn as the sweep will draw them."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=SAMPLERS["random"](config.seed))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=config.seed))
     trials: list[optuna.trial.BaseTrial] = [study.ask() for _ in range(DRAWS)]
     with _blaming_the_space(config.space):
         defaults = default_params(space, base.model_dump()) if config.default_trial else None
@@ -221,7 +242,7 @@ def _draw(config: SweepConfig, space: Space, base: TrainConfig) -> Draws:
         for name in SHARED_FIELDS:
             if getattr(drawn[-1], name) != getattr(base, name):
                 raise ValueError(f"a space must not set {name}: it is the same for the whole sweep")
-        if config.objective == "linear_top1" and drawn[-1].linear_probe != "always":
+        if "linear_top1" in config.objectives and drawn[-1].linear_probe != "always":
             raise ValueError(
                 "the objective linear_top1 is fitted at every report; the space sets "
                 f"linear_probe={drawn[-1].linear_probe}, leave it out"
@@ -234,7 +255,62 @@ def _draw(config: SweepConfig, space: Space, base: TrainConfig) -> Draws:
         for choice in distribution.choices
         if isinstance(choice, str) and ".py:" in choice
     ]
-    return Draws(defaults, drawn, [each.loss for each in drawn] + choices)
+    return Draws(
+        defaults,
+        drawn,
+        [each.loss for each in drawn] + choices,
+        [dict(trial.distributions) for trial in trials[:DRAWS]],
+    )
+
+
+def _strata(config: SweepConfig, draws: Draws) -> Strata:
+    """The levels of the field to stratify by; ValueError where it is no choice of every draw."""
+    if config.stratify is None:
+        return Strata()
+    name, _, listed = config.stratify.partition("=")
+    categorical = optuna.distributions.CategoricalDistribution
+    first, *others = draws.distributions
+    choices = {
+        key: each.choices
+        for key, each in first.items()
+        if isinstance(each, categorical) and all(other.get(key) == each for other in others)
+    }
+    if name not in choices:
+        known = ", ".join(choices) or "this space has none"
+        raise ValueError(f"stratify must be a choice that every trial makes ({known}), got {name}")
+    by_name = {str(choice): choice for choice in choices[name]}
+    levels = listed.split(",") if listed else list(by_name)
+    if unknown := [level for level in levels if level not in by_name]:
+        raise ValueError(f"{name} has no level {unknown[0]!r}; it has {', '.join(by_name)}")
+    if len(set(levels)) < max(2, len(levels)):
+        raise ValueError(f"stratify needs two levels of {name} or more, each once, got {listed}")
+    strata = Strata(name, tuple(by_name[level] for level in levels))
+    strata.check_even(config.trials)
+    for point in config.points:
+        if name not in point:
+            raise ValueError(f"a point must say its {name}, as the sweep is stratified by it")
+    given = Counter(str(point[name]) for point in config.points)
+    share = config.trials // len(levels) - int(config.default_trial)
+    for level, count in given.items():
+        if level not in levels or count > share:
+            most = share if level in levels else 0
+            raise ValueError(
+                f"{count} points have {name}={level}, of which there will be {most} trials"
+                f"{' beside the default one' if config.default_trial else ''}; raise --trials or "
+                "leave out points"
+            )
+    return strata
+
+
+def _grid(config: SweepConfig, space: Space) -> tuple[dict[str, Any], ...]:
+    """The points of the sampler `grid` in a drawn order, so that a part of it is a fair sample."""
+    if config.sampler != "grid":
+        return ()
+    others = len(config.points) + int(config.default_trial)
+    with _blaming_the_space(config.space):
+        points = grid(space, config.grid_points, max(0, config.trials - others))
+    random.Random(derived_seed(config.seed, 0, "grid")).shuffle(points)
+    return tuple(points)
 
 
 def _configuration(config: SweepConfig, space: Space, trial: optuna.trial.BaseTrial) -> TrainConfig:

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from search.journal import FINAL_STATES, SweepState, TrialState
+from search.state import FINAL_STATES, SweepState, TrialState
 from trainer.config import TrainConfig
 
 REFRESH_S = 0.5
@@ -153,7 +153,7 @@ class SweepDisplay:
         line = Text(f"{config['name']}  ", style="bold")
         for name in (*FINAL_STATES, "unfinished"):
             if counts.get(name):
-                shown = "running" if name == "unfinished" else name
+                shown = "under way" if name == "unfinished" else name
                 line.append(f"{counts[name]} {shown}  ", style=STYLES.get(name, "red"))
         line.append(f"of {state.planned} trials", style="dim")
         images = state.samples_seen
@@ -174,7 +174,7 @@ class SweepDisplay:
             style = STYLES.get(name, "red")
             table.add_row(
                 f"{'★ ' if trial is best else ''}{trial.number}",
-                Text(f"{SYMBOLS.get(name, '✗')} {trial.state or 'running'}", style=style),
+                Text(f"{SYMBOLS.get(name, '✗')} {trial.state or _doing(trial)}", style=style),
                 f"{trial.samples_seen:,}",
                 ProgressBar(
                     total=state.header["total_images"], completed=trial.samples_seen, width=10
@@ -200,17 +200,23 @@ class DataProgress:
             self._bar.stop()
 
 
+def _doing(trial: TrialState) -> str:
+    if trial.paused_at is not None:
+        return "waiting"
+    return "running" if trial.audited_at is None else "audited"
+
+
 def _worth_showing(state: SweepState, objective: str) -> list[TrialState]:
     """Running trials, then the best of the others."""
-    running = [trial for trial in state.trials.values() if trial.state is None]
+    running = [trial for trial in state.open.values() if trial.paused_at is None]
     sign = 1.0 if state.header["mode"] == "max" else -1.0
 
     def rank(trial: TrialState) -> tuple[bool, float]:
         value = trial.value(objective)
         return (trial.state != "completed", -sign * value if value is not None else float("inf"))
 
-    ended = sorted((t for t in state.trials.values() if t.state is not None), key=rank)
-    return (running + ended)[:SHOWN_TRIALS]
+    others = (t for t in state.trials.values() if t.state is not None or t.paused_at is not None)
+    return (running + sorted(others, key=rank))[:SHOWN_TRIALS]
 
 
 def _value(trial: TrialState, objective: str) -> str:

@@ -8,11 +8,11 @@ anything is written.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import signal
+import shutil
 import socket
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,19 +23,21 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from search.cluster import await_dead_workers, gpus_per_trial, ray_cluster
+from search.commands import CommandFile
 from search.config import (
-    LABEL_FREE,
     SweepConfig,
     parse_sweep,
     read_sweep_yaml,
     write_atomically,
 )
-from search.driver import Driver
-from search.journal import FILE_NAME, SCHEMA, Journal, JournalError, SweepState, load_state
+from search.driver import Driver, guarded
+from search.journal import FILE_NAME, Journal, JournalError, load_state
 from search.locks import LOCK_NAME, locked
 from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again
 from search.provenance import describe_data, git_commit, versions
+from search.state import SCHEMA, SweepState
 from search.tracking import Recorder
+from search.tune_run import TRIALS, draining_on_signal, run_on_tune
 from search.uris import (
     check_tracking_uri,
     credentials_into_environment,
@@ -46,10 +48,9 @@ from search.uris import (
     without_credentials,
 )
 from search.user_files import copy_loss_files, sha256, to_json
+from search.warm_start import read_warm_start
 
 EMBEDDED = "embedded"
-TRIALS = "trials"
-TUNE_LEFTOVERS = ("experiment_state-*.json", "search_gen_state-*.json", "tuner.pkl", ".validate*")
 
 OnStep = Callable[[SweepState], None]
 DataProgress = Callable[[int, int], None]
@@ -65,6 +66,10 @@ class SweepResult:
     objective: str
     state: str
     reason: str
+    why: str
+    """Of an interrupted one: failing (the first trials all fail alike), budget, or asked."""
+    pareto: list[dict[str, Any]]
+    """With several objectives, the trials that none beats in all: `trial`, `values`, `params`."""
     best: dict[str, Any] | None
     """`trial`, `value` and searched `params` of the best trial."""
     trials: dict[str, int]
@@ -81,7 +86,9 @@ class SweepResult:
             "tracking_uri": without_credentials(self.tracking_uri),
             "objective": self.objective,
             "state": self.state,
+            "reason": self.reason,
             "best": self.best,
+            **({"pareto": self.pareto} if self.pareto else {}),
             "trials": self.trials,
             "samples_seen": self.samples_seen,
             "wall_s": round(self.wall_s, 3),
@@ -140,8 +147,11 @@ class Sweep:
                 "choose another --name"
             )
         plan = make_plan(self.config, **self._loading)
-        if self.config.objective in LABEL_FREE:
-            self._on_note(f"{self.config.objective} ranks runs of one method only: fix the loss")
+        if self.config.objective == "rankme":
+            self._on_note("rankme ranks runs of one method only")
+        warm = read_warm_start([Path(each) for each in self.config.warm_start], plan)
+        for note in warm.notes:
+            self._on_note(note)
         with ray_cluster(self.config) as slots, self._writing(plan) as journal:
             journal.append(
                 "sweep_started",
@@ -153,6 +163,7 @@ class Sweep:
                 marks=plan.marks,
                 rungs=plan.rungs,
                 slots=slots(),
+                gpus_per_trial=gpus_per_trial(self.config),
                 data=describe_data(plan.data),
                 space_sha256=sha256(plan.space_file),
                 loss_files=to_json(plan.loss_files),
@@ -162,7 +173,13 @@ class Sweep:
                 node=socket.gethostname(),
                 tracking=self._tracking(),
             )
+            for event in warm.events:
+                journal.append("warm_trial", **event)
             return self._drive(plan, journal, slots)
+
+    def plan(self) -> Plan:
+        """Space, data and marks, checked; nothing is started and nothing written."""
+        return make_plan(self.config, **self._loading)
 
     def resume(self, trials: int = 0) -> SweepResult:
         """Go on where the journal ends, with `trials` more than were planned.
@@ -173,18 +190,27 @@ class Sweep:
         """
         check_tracking_uri(self.tracking_uri)
         state = load_state(self.dir / FILE_NAME)
-        if state.ended and state.ended["state"] == "finished" and not trials:
+        asked = CommandFile(self.dir).after(state.commands_taken)
+        if state.ended and state.ended["state"] == "finished" and not trials and not asked:
             self.record_rest()
             return self._result(state, None)
         with locked(self.dir):
             state = load_state(self.dir / FILE_NAME)
             plan = make_plan_again(self.config, state, self.dir, **self._loading)
+            plan.strata.check_even(trials)
             await_dead_workers(state)
+            self._drop_orphans(state)
             with ray_cluster(self.config) as slots:
                 journal = Journal(self.dir / FILE_NAME)
                 journal.drop_torn_line()
                 planned = journal.state.planned + trials
-                journal.append("resumed", trials=planned, slots=slots(), driver_pid=os.getpid())
+                journal.append(
+                    "resumed",
+                    trials=planned,
+                    slots=slots(),
+                    gpus_per_trial=gpus_per_trial(self.config),
+                    driver_pid=os.getpid(),
+                )
                 return self._drive(plan, journal, slots)
 
     def _tracking(self) -> str:
@@ -216,6 +242,18 @@ class Sweep:
 
     # ---- the run
 
+    def _drop_orphans(self, state: SweepState) -> None:
+        """Delete checkpoints that the journal does not name: a kill came between the two."""
+        named = {self.dir / trial.checkpoint for trial in state.trials.values() if trial.checkpoint}
+        for folder in (self.dir / TRIALS).glob("*/checkpoint_*"):
+            if folder not in named:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _delete_checkpoint(self, path: str) -> None:
+        folder = self.dir / path
+        if folder.is_relative_to(self.dir / TRIALS):
+            shutil.rmtree(folder, ignore_errors=True)
+
     @contextlib.contextmanager
     def _writing(self, plan: Plan) -> Iterator[Journal]:
         """A new, locked folder with sweep.yaml, the copy of the space and an empty journal."""
@@ -232,12 +270,28 @@ class Sweep:
             yield Journal.create(self.dir / FILE_NAME)
 
     def _drive(self, plan: Plan, journal: Journal, slots: Callable[[], int]) -> SweepResult:
-        driver = Driver.from_journal(plan.config, journal, plan.space, plan.defaults)
+        driver = Driver.from_journal(
+            plan.config,
+            journal,
+            plan.space,
+            plan.defaults,
+            strata=plan.strata,
+            grid=plan.grid,
+            delete=self._delete_checkpoint,
+        )
+        commands = CommandFile(self.dir)
+
+        def on_step() -> None:
+            for command in commands.after(journal.state.commands_taken):
+                guarded(driver, functools.partial(driver.obey, command), None)
+            self._on_step(journal.state)
+
+        on_step()
         recorder = Recorder(self.dir, self.tracking_uri)
         recorder.start()
         try:
-            with _draining_on_signal(driver, self._on_note):
-                _fit(self, plan, driver, slots, lambda: self._on_step(journal.state))
+            with draining_on_signal(driver, self._on_note):
+                run_on_tune(self.dir, plan, driver, slots, on_step)
             if driver.crash is not None:
                 raise driver.crash
         except BaseException as error:
@@ -247,12 +301,14 @@ class Sweep:
             raise
         else:
             state = journal.state
-            done = not state.unfinished() and len(state.trials) >= state.planned
+            done = not state.open and len(state.trials) >= state.planned
             cut = driver.draining is not None and not done
+            reasons = driver.draining if cut else "", driver.spent, driver.proposals.exhausted
             journal.append(
                 "sweep_finished",
                 state="interrupted" if cut else "finished",
-                reason=driver.spent or (driver.draining if cut else "") or "",
+                reason=next(filter(None, reasons), ""),
+                why=_why(driver) if cut else "",
             )
         finally:
             now = isinstance(sys.exc_info()[1], KeyboardInterrupt)
@@ -271,6 +327,17 @@ class Sweep:
             objective=objective,
             state=state.ended["state"],
             reason=state.ended["reason"],
+            why=state.ended.get("why", ""),
+            pareto=[
+                {
+                    "trial": trial.number,
+                    "values": {name: trial.value(name) for name in self.config.objectives},
+                    "params": trial.params,
+                }
+                for trial in state.pareto(self.config.objectives, self.config.modes)
+            ]
+            if self.config.also
+            else [],
             best=None
             if best is None
             else {"trial": best.number, "value": best.value(objective), "params": best.params},
@@ -281,81 +348,19 @@ class Sweep:
         )
 
 
+def _why(driver: Driver) -> str:
+    """What kind of end it is that leaves trials unfinished: failing, budget or asked."""
+    if driver.gave_up:
+        return "failing"
+    return "budget" if driver.spent else "asked"
+
+
 def sweep_folder(directory: Path) -> Path:
     """`directory`, made absolute; ValueError if no sweep is there."""
     directory = directory.expanduser().resolve()
     if not (directory / FILE_NAME).is_file():
         raise ValueError(f"{directory} is not a sweep's folder: it has no {FILE_NAME}")
     return directory
-
-
-def _fit(
-    sweep: Sweep, plan: Plan, driver: Driver, slots: Callable[[], int], on_step: Callable[[], None]
-) -> None:
-    """Run the driver's segments on Ray Tune until it says that there are no more."""
-    from ray import tune
-
-    from search.schedulers import SweepCallback, SweepScheduler
-    from search.searcher import SweepSearcher
-    from search.trainable import ContrastiveTrainable
-
-    trainable = tune.with_parameters(
-        ContrastiveTrainable,
-        data=plan.data,
-        marks=plan.marks,
-        sweep_dir=str(sweep.dir),
-        loss_files=plan.loss_files,
-    )
-    resources = {"cpu": plan.config.cpus_per_trial, "gpu": gpus_per_trial(plan.config)}
-    tune.Tuner(
-        tune.with_resources(trainable, resources),
-        tune_config=tune.TuneConfig(
-            search_alg=SweepSearcher(driver, slots),
-            scheduler=SweepScheduler(driver),
-            num_samples=-1,
-            reuse_actors=True,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name=TRIALS,
-            storage_path=str(sweep.dir),
-            callbacks=[SweepCallback(driver, sweep.dir, on_step)],
-            failure_config=tune.FailureConfig(max_failures=0),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
-            verbose=0,
-        ),
-    ).fit()
-    for leftover in TUNE_LEFTOVERS:  # the journal is the state
-        for path in (sweep.dir / TRIALS).glob(leftover):
-            path.unlink()
-
-
-def _trial_name(trial: Any) -> str:
-    number, attempt = trial.config["number"], trial.config["attempt"]
-    return str(number) if attempt == 1 else f"{number}.{attempt}"
-
-
-@contextlib.contextmanager
-def _draining_on_signal(driver: Driver, on_note: Callable[[str], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM drains the sweep, the second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(signum: int, frame: object) -> None:
-        if driver.draining is not None:
-            raise KeyboardInterrupt
-        driver.drain(f"stopped by {signal.Signals(signum).name}")
-        on_note("stopping: each running trial ends at its next report; again: at once")
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {signum: signal.signal(signum, on_signal) for signum in signals}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _recorded_at(sweep: Sweep, header: dict[str, Any]) -> str:

@@ -15,8 +15,9 @@ from ray.tune import Callback
 from ray.tune.result import SHOULD_CHECKPOINT
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from search.driver import Driver
-from search.searcher import guarded, unflattened
+from search.driver import Driver, guarded
+from search.memory import death_reason
+from search.searcher import unflattened
 
 
 class SweepScheduler(FIFOScheduler):
@@ -35,8 +36,9 @@ class SweepScheduler(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Keep the reason: the searcher's hook, which comes next, is not told it."""
         assert self._driver is not None
-        text = str(trial.get_error() or "unknown").strip()
-        self._driver.worker_errors[int(trial.config["number"])] = text.splitlines()[-1][:500]
+        file = Path(trial.error_file) if trial.error_file else None  # written at once, here
+        text = file.read_text(errors="replace") if file and file.exists() else ""
+        self._driver.worker_errors[int(trial.config["number"])] = death_reason(text)
         super().on_trial_error(tune_controller, trial)
 
     def __getstate__(self) -> dict[str, Any]:

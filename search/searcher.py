@@ -7,24 +7,14 @@ they know is in the journal.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from ray.tune.search import Searcher
 
-from search.driver import Driver, Next, Segment
+from search.driver import Driver, Next, Segment, guarded
 
-T = TypeVar("T")
 METRICS = "metrics/"
 """Prefix of a report's metrics in a result that Tune has flattened."""
-
-
-def guarded(driver: Driver, act: Callable[[], T], otherwise: T) -> T:
-    """Run one hook; an error is kept in `driver.crash`, since Ray would swallow or retry it."""
-    try:
-        return act()
-    except Exception as error:
-        driver.crash = driver.crash or error
-        return otherwise
 
 
 def unflattened(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +59,7 @@ class SweepSearcher(Searcher):
         assert self._driver is not None
         driver, number = self._driver, self._numbers.pop(trial_id)
         if result is None and not error:
-            driver.in_flight.discard(number)  # it never ran: handed out again
+            driver.never_ran(number)
             return
         last = unflattened(result) if result is not None and not error else None
         reason = driver.worker_errors.pop(number, "")

@@ -14,7 +14,9 @@ One parent run a sweep, one child run (`mlflow.parentRunId`) a trial, in the exp
 | parent | dataset  | name, digest, sizes of the splits                                         |
 | parent | artifact | sweep.yaml; best/checkpoint.pt of the best trial                          |
 | child  | tags     | kind=trial, sweep_id, number, state, reason, default, params and          |
-|        |          | distributions (JSON, searched ones only), seed, node, rung (if pruned),   |
+|        |          | distributions (JSON, searched ones only), seed, node, source, stratum,    |
+|        |          | bracket, rung (where it was stopped), audited (where it would have been), |
+|        |          | pareto (true: no trial beats it in all objectives),                       |
 |        |          | samples_seen (at the end, what a failed trial cost after its last report) |
 | child  | params   | every field of `TrainConfig`                                              |
 | child  | metrics  | every figure of a `Report`, and at rungs rung_cutoff, rung_competitors,   |
@@ -41,7 +43,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.journal import FILE_NAME, Event, SweepState, TrialState, read_events_from
+from search.config import SweepConfig
+from search.journal import FILE_NAME, read_events_from
+from search.state import Event, SweepState, TrialState
 from search.uris import redacted
 from trainer.config import TrainConfig
 
@@ -298,9 +302,10 @@ class Recorder:
         if trial.state:
             tags |= {"state": trial.state, "reason": trial.reason[:TAG_CHARS]}
             tags["samples_seen"] = str(trial.samples_seen)
-        stop = trial.stop_recorded()
-        if stop is not None:
-            tags["rung"] = str(stop["decision"]["rung"])
+        if trial.stopped_at is not None:
+            tags["rung"] = str(trial.stopped_at)
+        if trial.audited_at is not None:
+            tags["audited"] = str(trial.audited_at)
         for start in range(0, max(1, len(metrics)), BATCH_METRICS):
             client.log_batch(
                 run_id,
@@ -321,6 +326,9 @@ class Recorder:
             "params": json.dumps(trial.params),
             "distributions": json.dumps(trial.distributions),
             "seed": trial.config.get("seed"),
+            "source": trial.source,
+            "bracket": trial.bracket,
+            **({"stratum": trial.stratum} if trial.stratum else {}),
             **({"default": "true"} if trial.is_default else {}),
         }
         run = client.create_run(
@@ -356,7 +364,11 @@ class Recorder:
 
     def _upload_ending(self, client: MlflowClient, parent: str) -> None:
         header = self._state.header
-        best = self._state.best(header["config"]["objective"], header["mode"])
+        config = SweepConfig.model_validate(header["config"])
+        if config.also:
+            for trial in self._state.pareto(config.objectives, config.modes):
+                client.set_tag(self._children[trial.number], PREFIX + "pareto", "true")
+        best = self._state.best(config.objective, config.mode)
         if best is None or best.checkpoint is None:
             return
         file = self._dir / best.checkpoint / "checkpoint.pt"

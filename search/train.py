@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from search.config import write_atomically
-from search.journal import FILE_NAME, TrialState, load_state
+from search.journal import FILE_NAME, load_state
 from search.locks import LOCK_NAME, locked
 from search.provenance import describe_data, held_in_memory, labelled_in_memory
+from search.state import TrialState
 from search.user_files import (
     LOSS_COPY,
     LossFile,

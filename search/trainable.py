@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from ray import tune
+from torch.overrides import TorchFunctionMode
 
+from search.memory import MemoryLimit
 from search.user_files import LossFile, with_copied_loss
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import parse_config
 from trainer.datasets import DataSplits
-from trainer.device import is_of_accelerator, is_out_of_memory
+from trainer.device import is_of_accelerator, is_out_of_memory, pick_device
 from trainer.loop import Diverged, Report, Trainer
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -42,10 +44,11 @@ class ContrastiveTrainable(tune.Trainable):
         marks: tuple[int, ...] = (),
         sweep_dir: str = "",
         loss_files: tuple[LossFile, ...] = (),
+        memory_gib: float | None = None,
     ) -> None:
         assert data is not None
         self._data, self._marks, self._sweep_dir = data, marks, Path(sweep_dir)
-        self._loss_files = loss_files
+        self._loss_files, self._memory_gib = loss_files, memory_gib
         self._last_save_s, self._saved_at = 0.0, -float("inf")
         self._begin(config)
 
@@ -63,6 +66,7 @@ class ContrastiveTrainable(tune.Trainable):
         """Let go of the trial's memory, the cached part too: others share the GPU."""
         self._trainer: Trainer | None = None
         self._reports: Iterator[Report] | None = None
+        self._limit: MemoryLimit | None = None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
@@ -78,7 +82,8 @@ class ContrastiveTrainable(tune.Trainable):
                 traceback.print_exc()
                 if is_of_accelerator(error):
                     raise
-                state = "oom" if is_out_of_memory(error) else "error"
+                over = self._limit is not None and self._limit.exceeded
+                state = "oom" if over or is_out_of_memory(error) else "error"
                 outcome = {"outcome": state, "reason": f"{type(error).__name__}: {error}"[:1000]}
             if outcome["outcome"] != "report":
                 outcome["samples_seen"] = self._trainer.samples_seen if self._trainer else 0
@@ -89,9 +94,12 @@ class ContrastiveTrainable(tune.Trainable):
         return {**place, **outcome, "metrics": metrics}
 
     def _next_report(self) -> dict[str, Any]:
-        if self._reports is None:
-            self._reports = self._start()
-        report = next(self._reports)
+        if self._limit is None and self._memory_gib is not None:
+            self._limit = self._limited(self._memory_gib)
+        with contextlib.nullcontext() if self._limit is None else _watched(self._limit):
+            if self._reports is None:
+                self._reports = self._start()
+            report = next(self._reports)
         self._mark = report.mark
         metrics = report.metrics()
         print(f"{report.samples_seen:>12,} images  " + _figures(metrics))
@@ -117,7 +125,14 @@ class ContrastiveTrainable(tune.Trainable):
         elif checkpoint:
             print(f"continues from {checkpoint}")
             self._trainer.load_state_dict(load_checkpoint(checkpoint / CHECKPOINT_FILE).state)
-        return self._trainer.run()
+        limit = self._limit
+        return self._trainer.run(None if limit is None else lambda images: limit.check())
+
+    def _limited(self, gib: float) -> MemoryLimit:
+        device = pick_device(str(self._segment["fields"].get("device", "auto")))
+        if device.type == "cuda":
+            torch.zeros(1, device=device)  # CUDA's own memory would count for the first trial only
+        return MemoryLimit(gib)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         assert self._trainer is not None
@@ -129,6 +144,34 @@ class ContrastiveTrainable(tune.Trainable):
 
     def cleanup(self) -> None:
         self._release()
+
+
+@contextlib.contextmanager
+def _watched(limit: MemoryLimit) -> Iterator[None]:
+    """Hold what is run meanwhile to the limit."""
+    with limit.watched(), _CheckedCalls(limit):
+        yield
+
+
+class _CheckedCalls(TorchFunctionMode):
+    """Looks before each call of torch in this thread whether the memory limit was exceeded.
+
+    So a trial ends within a step, at its next operation. It is told so once: what a `finally` or
+    an `except` then calls goes through. Where that keeps the exception, the step's end tells it.
+    """
+
+    def __init__(self, limit: MemoryLimit) -> None:
+        super().__init__()
+        self._limit, self._raised = limit, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # `no_grad` switches gradients back by such a call, which must not fail.
+        if self._limit.exceeded and not self._raised and func is not torch._C._set_grad_enabled:
+            self._raised = True
+            self._limit.check()
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.asha import Asha
+from search.brackets import make_brackets
 from search.config import SweepConfig
 from search.driver import MAX_DEATHS, Driver, Next, Segment
-from search.journal import FINAL_STATES, Journal, JournalError, load_state, read_events
+from search.journal import Journal, JournalError, load_state, read_events
+from search.state import FINAL_STATES
+from spaces import Space
 
 TOTAL, MARKS, RUNGS = 600, (100, 200, 300, 400, 500, 600), (100, 300)
 
@@ -46,10 +48,19 @@ def result(segment: Segment, mark: int, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def start(path: Path, **changes: Any) -> Driver:
-    config = SweepConfig(name="s", trials=8, epochs=6, **changes)
+DEFAULTS = {"lr": 1e-3, "optimizer": "adamw"}
+
+
+def start(
+    path: Path,
+    space: Space = space,
+    defaults: dict[str, Any] | None = DEFAULTS,
+    rungs: tuple[int, ...] = RUNGS,
+    **changes: Any,
+) -> Driver:
+    config = SweepConfig(**{"name": "s", "trials": 8, "epochs": 6} | changes)
     if not path.exists():
-        journal = Journal.create(path)
+        journal = Journal.create(path, durable=False)
         journal.append(
             "sweep_started",
             schema=1,
@@ -58,14 +69,14 @@ def start(path: Path, **changes: Any) -> Driver:
             mode="max",
             total_images=TOTAL,
             marks=MARKS,
-            rungs=RUNGS,
+            rungs=rungs,
             slots=3,
         )
     else:
-        journal = Journal(path)
+        journal = Journal(path, durable=False)
         journal.drop_torn_line()
         journal.append("resumed", trials=journal.state.planned, slots=3)
-    return Driver.from_journal(config, journal, space, {"lr": 1e-3, "optimizer": "adamw"})
+    return Driver.from_journal(config, journal, space, defaults)
 
 
 class Workers:
@@ -99,43 +110,76 @@ class Workers:
             pass
 
 
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "asha": {},
+    "asha, reduction 2": {"reduction": 2, "min_competitors": 4},
+    "promote": {"promote": True},
+    "brackets": {"brackets": 2},
+    "promote, brackets": {"promote": True, "brackets": 2},
+    "audit": {"audit": 0.5},
+    "promote, audit": {"promote": True, "audit": 0.5},
+    "median": {"scheduler": "median"},
+    "none": {"scheduler": "none"},
+}
+
+
 def check_whole(path: Path) -> None:
-    """Every planned trial ended once, no mark stands twice, the decisions are ASHA's."""
+    """Every planned trial ended once, no mark stands twice, the decisions are the rules'."""
     state = load_state(path)
     assert sorted(state.trials) == list(range(8))
     assert all(trial.state in FINAL_STATES for trial in state.trials.values())
+    assert not state.open
+    assert state.counts()["completed"] >= 1
     marks = Counter((r["number"], r["mark"]) for r in state.reports)
     assert set(marks.values()) == {1}
-    asha = Asha(RUNGS)
+    assert state.samples_seen == sum(trial.samples_seen for trial in state.trials.values())
+    rules = make_brackets(SweepConfig(**state.header["config"]), state.header["rungs"])
+    for trial in state.trials.values():
+        rules.assign(trial.number, trial.stratum, trial.bracket)
     for report in state.reports:
-        value = report["metrics"]["knn_top1"]
-        assert asha.report(report["number"], report["mark"], value).to_json() == report["decision"]
+        trial = state.trials[report["number"]]
+        if trial.audited_at is not None and report["mark"] > trial.audited_at:
+            assert report["decision"]["rung"] is None  # it competes no more
+            continue
+        decision = rules.report(trial.number, report["mark"], report["metrics"]["knn_top1"])
+        recorded = {**report["decision"], "audited": False}
+        recorded["stop"] |= report["decision"]["audited"]
+        assert decision.to_json() == recorded
     for trial in state.trials.values():
         if trial.state == "completed":
             assert trial.samples_seen == TOTAL + 7
             assert trial.checkpoint_mark == TOTAL
+        if trial.state == "pruned":
+            assert trial.stopped_at in state.header["rungs"]
+            assert trial.audited_at is None
+            assert trial.checkpoint is None  # dropped: nobody goes on from it
 
 
-def test_a_sweep_runs_to_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_sweep_runs_to_its_end(tmp_path: Path, scheduler: str) -> None:
     path = tmp_path / "events.jsonl"
-    Workers(start(path), seed=0).run()
+    Workers(start(path, **SCHEDULERS[scheduler]), seed=0).run()
     check_whole(path)
     states = load_state(path).counts()
-    assert states["completed"] >= 1
-    assert states["pruned"] >= 1
+    assert states["completed"] == 8 if scheduler == "none" else states["pruned"] >= 1
     assert load_state(path).trials[0].is_default
     assert load_state(path).trials[0].params["lr"] == pytest.approx(1e-3)
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), cuts=st.lists(st.integers(1, 120), max_size=4))
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    cuts=st.lists(st.integers(1, 120), max_size=4),
+    scheduler=st.sampled_from(list(SCHEDULERS)),
+)
 def test_killed_anywhere_and_resumed_nothing_is_lost_or_doubled(
-    seed: int, cuts: list[int], tmp_path_factory: pytest.TempPathFactory
+    seed: int, cuts: list[int], scheduler: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A kill leaves a prefix of the journal's bytes: cut there, rebuild, go on."""
     path = tmp_path_factory.mktemp("sweep") / "events.jsonl"
+    changes = SCHEDULERS[scheduler]
     for number, cut in enumerate(cuts):
-        workers = Workers(start(path), seed + number)
+        workers = Workers(start(path, **changes), seed + number)
         before = len(list(read_events(path)))
         while len(list(read_events(path))) < before + cut and workers.step():
             pass
@@ -143,7 +187,7 @@ def test_killed_anywhere_and_resumed_nothing_is_lost_or_doubled(
         kept = lines[: max(1, min(len(lines), before + cut))]
         torn = lines[len(kept)][: seed % 40 + 1] if len(kept) < len(lines) else b""
         path.write_bytes(b"".join(kept) + torn)
-    Workers(start(path), seed + 99).run()
+    Workers(start(path, **changes), seed + 99).run()
     check_whole(path)
 
 
@@ -167,6 +211,7 @@ def test_the_next_suggestion_after_a_kill_is_the_one_that_would_have_come(
     part.write_bytes(b"".join(lines[:position]))
     rebuilt = start(part, **config)
     trial = rebuilt._suggest(len(rebuilt.journal.state.trials))
+    assert trial is not None
     assert trial.params == events[position]["params"]
     assert trial.config == events[position]["config"]
     assert trial.system_attrs == events[position]["system_attrs"]
@@ -276,7 +321,6 @@ def test_a_spent_budget_starts_nothing_more(tmp_path: Path) -> None:
 def test_a_space_that_raises_fails_its_trial_and_the_sweep_goes_on(tmp_path: Path) -> None:
     """On a draw that the planning did not meet; a value that the trainer refuses likewise."""
     path = tmp_path / "e.jsonl"
-    driver = start(path, sampler="random", default_trial=False)
 
     def moody(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         lr = trial.suggest_float("lr", 1e-4, 1e-1, log=True)
@@ -284,8 +328,7 @@ def test_a_space_that_raises_fails_its_trial_and_the_sweep_goes_on(tmp_path: Pat
             raise KeyError("no luck")
         return {"lr": -1.0 if trial.number == 4 else np.float64(lr), "batch_size": np.int64(64)}
 
-    driver.study._space = moody
-    driver.defaults = None
+    driver = start(path, moody, None, sampler="random")
     Workers(driver, seed=0).run()
     state = load_state(path)
     assert len(state.trials) == 8

@@ -1,4 +1,4 @@
-"""kNN and the label-free measures against other libraries, numpy and closed forms.
+"""kNN and the label-free measures against other libraries, numpy and closed forms; loss on val.
 
 Shapes: N bank, M queries, B embeddings, D width.
 """
@@ -6,6 +6,9 @@ Shapes: N bank, M queries, B embeddings, D width.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +21,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer import evaluate
+from trainer.augment import TwoViews
 from trainer.config import TrainConfig
+from trainer.datasets import DataSplits, Split, load_for
 from trainer.evaluate import alignment, collapse, feature_std, knn_top1, rankme, uniformity
+from trainer.evaluator import SEED, Evaluator
+from trainer.loop import Diverged, Report, Trainer
+from trainer.losses import LOSSES, Embedded
 from trainer.models import build_encoder
 
 
@@ -264,8 +272,6 @@ def test_too_few_images_cannot_show_collapse() -> None:
 
 @pytest.mark.parametrize("name", ["conv_small", "resnet18"])
 def test_untrained_encoders_have_not_collapsed(name: str) -> None:
-    from trainer.datasets import load_for
-
     images = torch.from_numpy(load_for(TrainConfig()).val.images[:128].copy())
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -274,6 +280,185 @@ def test_untrained_encoders_have_not_collapsed(name: str) -> None:
         features = encoder.eval()(images.float() / 128 - 1)
     assert collapse(features) is None
     assert feature_std(features) > 0.03
+
+
+# --- the loss on val ------------------------------------------------------------------------------
+
+TIMINGS = ("images_per_s", "wall_s", "peak_mem_bytes")
+NOISY = """
+import torch
+def noisy(z0, z1, config):
+    return (z0 - z1 + torch.randn_like(z0)).square().mean()
+"""
+
+
+def tiny(**changed: Any) -> TrainConfig:
+    base = {"train_limit": 120, "val_limit": 50, "image_size": 8, "batch_size": 20, "epochs": 1}
+    base |= {"projector_hidden": 16, "projector_out": 8, "report_every": 60, "threads": 1}
+    base |= {"predictor_hidden": 8, "queue_size": 90, "linear_probe": "never", "val_loss": True}
+    return TrainConfig.model_validate(base | {"device": "cpu"} | changed)
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSplits:
+    return load_for(tiny())
+
+
+def without_timings(report: Report) -> dict[str, Any]:
+    return {name: value for name, value in asdict(report).items() if name not in TIMINGS}
+
+
+def loss_now(trainer: Trainer) -> float:
+    return trainer._evaluator.val_loss(trainer._network, trainer._loss)
+
+
+def assert_equal(left: Any, right: Any) -> None:
+    if isinstance(left, dict | list | tuple):
+        assert type(left) is type(right)
+        assert len(left) == len(right)
+        keys = left if isinstance(left, dict) else range(len(left))
+        for key in keys:
+            assert_equal(left[key], right[key])
+    elif isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "noisy"])
+def test_every_loss_is_measured_on_val_and_leaves_no_trace(
+    loss: str, data: DataSplits, tmp_path: Path
+) -> None:
+    if loss == "noisy":
+        (tmp_path / "noisy.py").write_text(NOISY)
+        loss = f"{tmp_path}/noisy.py:noisy"
+    measured = Trainer(tiny(loss=loss), data)
+    plain = Trainer(tiny(loss=loss, val_loss=False), data)
+    torch.manual_seed(1)
+    generator = torch.get_rng_state()
+    run, reports, states = measured.run(), [], []
+    for expected in plain.run():
+        reports.append(next(run))
+        states.append(measured.state_dict())
+        assert math.isfinite(reports[-1].val_loss)
+        assert loss_now(measured) == reports[-1].val_loss
+        assert expected.val_loss is None
+        assert "val_loss" not in expected.metrics()
+        assert reports[-1].metrics()["val_loss"] == reports[-1].val_loss
+        assert without_timings(replace(reports[-1], val_loss=None)) == without_timings(expected)
+        untimed = {"last_report": None, "wall_s": 0}
+        assert_equal(measured.state_dict() | untimed, plain.state_dict() | untimed)
+        gradients, others = (
+            [weight.grad for weight in trainer._network.parameters()]
+            for trainer in (measured, plain)
+        )
+        assert_equal(gradients, others)
+        for module in (measured._network, *_targets(measured)):
+            assert all(part.training for part in module.modules())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert len(reports) == 2
+    assert reports[0].val_loss != reports[1].val_loss
+
+    torch.manual_seed(2)
+    continued = Trainer(tiny(loss=loss), data)
+    continued.load_state_dict(states[0])
+    assert without_timings(next(continued.run())) == without_timings(reports[1])
+
+
+def _targets(trainer: Trainer) -> list[torch.nn.Module]:
+    slow = trainer._network.momentum
+    return [] if slow is None else [slow.module]
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "sup_con"])
+@pytest.mark.parametrize(
+    ("batch_size", "batches"),
+    [(20, [20, 20]), (50, [50]), (80, [50])],  # of the 50 images of val
+)
+def test_the_loss_on_val_is_that_of_the_runs_batches(
+    batch_size: int, batches: list[int], loss: str, data: DataSplits
+) -> None:
+    # sharp enough that images so little trained on differ
+    config = tiny(batch_size=batch_size, precision="float32", loss=loss, temperature=0.01)
+    trainer = Trainer(config, data)
+    next(trainer.run())
+    two_views = TwoViews(config, data.mean, data.std, "cpu")
+    generator, start, expected = rng(SEED), 0, []
+    network = trainer._network.eval()
+    for size in batches:
+        images = torch.from_numpy(data.val.images[start : start + size].copy())
+        labels = torch.from_numpy(data.val.labels[start : start + size].copy())
+        with torch.no_grad():
+            z0, z1 = network.head(network.encoder(two_views(images, generator))).chunk(2)
+        of_batch = Embedded(z0, z1, labels_B=labels)
+        expected.append(float(LOSSES[loss].compute(of_batch, config)))
+        start += size
+    network.train()
+
+    def compute(batch: Embedded, config: TrainConfig) -> Tensor:
+        assert not batch.z0_BD.requires_grad
+        return LOSSES[loss].compute(batch, config)
+
+    found = trainer._evaluator.val_loss(network, replace(LOSSES[loss], compute=compute))
+    assert found == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_no_more_than_512_images_are_looked_at_unless_a_batch_is_larger(
+    data: DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = Split(np.tile(data.val.images, (14, 1, 1, 1)), np.tile(data.val.labels, 14))
+    train = Split(np.tile(data.train.images, (6, 1, 1, 1)), np.tile(data.train.labels, 6))
+    large = replace(data, val=many, train=train, bank=data.bank)
+    seen: list[int] = []
+    call = TwoViews.__call__
+    monkeypatch.setattr(
+        TwoViews, "__call__", lambda self, x, g: (seen.append(len(x)), call(self, x, g))[1]
+    )
+    for batch_size, batches in ((200, [200, 200]), (512, [512]), (600, [600]), (720, [700])):
+        seen.clear()
+        loss_now(Trainer(tiny(batch_size=batch_size), large))
+        assert seen == batches
+
+
+def test_the_loss_on_val_is_of_the_trained_network_however_it_is_encoded(data: DataSplits) -> None:
+    changes = ({}, {"ema_decay": 0.9}, {"micro_batch_size": 7}, {"linear_probe": "always"})
+    reports = [next(Trainer(tiny(precision="float32", **each), data).run()) for each in changes[:2]]
+    assert reports[0].val_loss == reports[1].val_loss
+    assert reports[0].knn_top1 != reports[1].knn_top1 or reports[0].rankme != reports[1].rankme
+    untrained = [loss_now(Trainer(tiny(precision="float32", **each), data)) for each in changes]
+    assert untrained == pytest.approx([untrained[0]] * 4, rel=1e-5)
+
+
+def test_the_loss_on_val_costs_nothing_unless_it_is_asked_for(
+    data: DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> float:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(Evaluator, "val_loss", fail)
+    assert len(list(Trainer(tiny(val_loss=False), data).run())) == 2
+    with pytest.raises(AssertionError, match="it was measured"):
+        next(Trainer(tiny(), data).run())
+
+
+def test_a_loss_on_val_that_is_not_finite_is_divergence(data: DataSplits) -> None:
+    trainer = Trainer(tiny(), data)
+    norm = next(m for m in trainer._network.head.modules() if isinstance(m, torch.nn.BatchNorm1d))
+    norm.running_var.fill_(-1e9)  # which training does not look at
+    with pytest.raises(Diverged, match="the loss on val was not finite"):
+        next(trainer.run())
+
+
+def test_where_the_loss_on_val_cannot_be_had_it_is_refused(data: DataSplits) -> None:
+    one = replace(data, val=Split(data.val.images[:1], data.val.labels[:1]))
+    with pytest.raises(ValueError, match=r"val_loss needs at least 2 images .* got 1; raise val_l"):
+        Trainer(tiny(), one)
+    Trainer(tiny(val_loss=False), one)
+    unlabelled = replace(data, val=Split(data.val.images, np.full_like(data.val.labels, -1)))
+    with pytest.raises(ValueError, match="val_loss of the loss sup_con needs a label of every val"):
+        Trainer(tiny(loss="sup_con"), unlabelled)
+    Trainer(tiny(loss="sup_con", val_loss=False), unlabelled)
+    Trainer(tiny(), unlabelled)
 
 
 # --- all ------------------------------------------------------------------------------------------

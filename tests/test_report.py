@@ -150,11 +150,26 @@ def test_several_sweeps_are_compared(recorded, tmp_path):
     assert {"planted: best report", "other: best completed trial"} <= names
 
 
-def test_sweeps_of_other_objectives_share_no_curves(recorded, tmp_path):
-    other = dataclasses.replace(recorded, info={**recorded.info, "dataset": "cifar10"})
-    markup = Markup(write_report([recorded, other], tmp_path).read_text("utf-8"))
-    assert "not comparable" in markup.text
+def test_sweeps_of_other_data_sets_share_no_curves(recorded, tmp_path):
+    other = dataclasses.replace(recorded, info={**recorded.info, "dataset": "<b>cifar10"})
+    page = write_report([recorded, other], tmp_path).read_text("utf-8")
+    markup = Markup(page)
+    assert "their values are not comparable" in markup.text
     assert "all-images" not in markup.figures()
+    assert "<b>cifar10" in markup.text
+    assert "<b>" not in page
+
+
+def test_sweeps_of_other_objectives_share_no_page(recorded, tmp_path):
+    info = {**recorded.info, "name": "other\none", "objective": "val_loss"}
+    other = dataclasses.replace(recorded, info=info)
+    with pytest.raises(ValueError, match="one objective") as caught:
+        write_report([recorded, recorded, other], tmp_path / "report")
+    message = str(caught.value)
+    assert "got 'knn_top1' of sweep 'planted' and 'val_loss' of sweep 'other\\none'" in message
+    assert "\n" not in message
+    assert not (tmp_path / "report").exists()
+    write_report([other], tmp_path / "report")
 
 
 def test_a_sweep_that_has_just_begun(sweep_store, record_sweep, tmp_path):

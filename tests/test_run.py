@@ -15,7 +15,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from search.asha import Asha
-from search.journal import FINAL_STATES, SweepState, load_state
+from search.journal import load_state
+from search.state import FINAL_STATES, SweepState
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

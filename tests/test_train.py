@@ -21,10 +21,10 @@ from torch import nn
 
 import trainer.sources
 from search.config import SweepConfig
-from search.journal import SweepState, TrialState
 from search.locks import LOCK_NAME, locked
 from search.plan import make_plan, make_plan_again
 from search.provenance import describe_data, labelled_in_memory
+from search.state import SweepState, TrialState
 from search.train import (
     BEST,
     ENCODER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from search.plan import make_plan
 from trainer.augment import TwoViews
 from trainer.config import TrainConfig
 from trainer.losses import LOSSES
+from trainer.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_at
 from trainer.unread import MAGNITUDES, check_read, unread_fields
 
 
@@ -103,6 +105,51 @@ def test_unread_are_the_fields_of_views_that_change_nothing(name: str) -> None:
     for field, value in others.items():
         same = torch.equal(views(config.model_copy(update={field: value})), expected)
         assert same == (field in unread), field
+
+
+NUMBERS = {
+    name: (info.default or 0.5) / 2 + 0.01
+    for name, info in TrainConfig.model_fields.items()
+    if isinstance(info.default, float) or name == "clip_norm"
+}
+"""Every field of a real number -> a value that is not the default."""
+
+
+def fields_that_change(outcome: Callable[[TrainConfig], Any], config: TrainConfig) -> set[str]:
+    expected = outcome(config)
+    changed = {name: config.model_copy(update={name: value}) for name, value in NUMBERS.items()}
+    return {name for name, each in changed.items() if outcome(each) != expected}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimiser_reads_the_fields_that_it_declares_and_no_other(name: str) -> None:
+    def trained(config: TrainConfig) -> list[float]:
+        module = torch.nn.Linear(2, 2)
+        optimizer = build_optimizer(config, module)
+        with torch.no_grad():
+            module.weight.copy_(torch.tensor([[1.0, -2.0], [0.5, 3.0]]))
+            module.bias.fill_(1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(torch.tensor([[1.0, 2.0]])).square().sum().backward()
+            optimizer.step()
+        return [value for each in module.parameters() for value in each.flatten().tolist()]
+
+    config = TrainConfig(optimizer=name, lr=0.1)
+    assert fields_that_change(trained, config) == {"lr", "weight_decay", *OPTIMIZERS[name].fields}
+    others = {field for each in OPTIMIZERS.values() for field in each.fields}
+    assert others & set(unread_fields(config)) == others - set(OPTIMIZERS[name].fields)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_reads_the_fields_that_it_declares_and_no_other(name: str) -> None:
+    def rates(config: TrainConfig) -> list[float]:
+        return [learning_rate_at(config, images, 100) for images in range(101)]
+
+    config = TrainConfig(schedule=name)
+    assert fields_that_change(rates, config) == {"lr", "warmup", *SCHEDULES[name].fields}
+    others = {field for each in SCHEDULES.values() for field in each.fields}
+    assert others & set(unread_fields(config)) == others - set(SCHEDULES[name].fields)
 
 
 RARE = """

@@ -164,6 +164,7 @@ class TrainConfig(BaseModel):
     linear_probe: Literal["end", "always", "never"] = Field(
         "end", description="at which reports a linear classifier is fitted"
     )
+    val_loss: bool = Field(False, description="the loss on val at each report")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, views and order of the data")
     split_seed: int = Field(0, ge=0, lt=2**63, description="of the train/val/test split")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

@@ -70,14 +70,27 @@ def peak_mem_bytes(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the device or, in torch's words or Python's, of the host."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )
 
 
 def is_of_accelerator(error: BaseException) -> bool:
-    """Whether CUDA failed, which every later call in this process would see; torch 2.8 and up."""
-    accelerator = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, accelerator) and not isinstance(error, torch.OutOfMemoryError)
+    """Whether CUDA failed in a way which every later call in this process would see.
+
+    Such an error is a `torch.AcceleratorError`; before torch 2.8, and of CUDA's libraries still, a
+    RuntimeError with the same words.
+    """
+    kind = getattr(torch, "AcceleratorError", ())
+    of_cuda = isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
+    return (isinstance(error, kind) or of_cuda) and not is_out_of_memory(error)
+
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "std::bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -1,8 +1,9 @@
 """Passes over the validation, bank and test images, and what they say of an encoder.
 
-Everything is measured on the encoder's features, in evaluation mode: the encoder is what is kept,
-the projection head is thrown away. Measuring leaves no trace in training: generators are its own
-and seeded alike each time, so that differences between reports are the encoder's.
+Everything but the loss on val is measured on the encoder's features, in evaluation mode: the
+encoder is what is kept, the projection head is thrown away. Measuring leaves no trace in training:
+generators are its own and seeded alike each time, so that differences between reports are the
+encoder's.
 
 Shapes: N images of a split, B images of a batch, 3 channels, H height, W width, F features.
 """
@@ -10,6 +11,7 @@ Shapes: N images of a split, B images of a batch, 3 channels, H height, W width,
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from trainer.augment import TwoViews, normalise
 from trainer.config import TrainConfig
 from trainer.datasets import DataSplits, Images, Split
-from trainer.device import forked_rng
+from trainer.device import forked_rng, seeded_rng
 from trainer.evaluate import (
     alignment,
     collapse,
@@ -28,11 +30,13 @@ from trainer.evaluate import (
     uniformity,
 )
 from trainer.linear_probe import linear_top1
-from trainer.network import statistics_kept
+from trainer.losses import Loss
+from trainer.network import ContrastiveNetwork, statistics_kept
 from trainer.stream import Reader, reader
 
 VIEWED_IMAGES = 512
-"""Most validation images whose two views measure alignment and uniformity."""
+"""Most validation images whose two views measure alignment and uniformity, and the loss unless a
+batch is larger."""
 BATCH = 256
 """Images encoded at a time: larger ones leave a CPU's caches, up to a quarter slower."""
 SETTLED_BATCHES = 100
@@ -56,8 +60,8 @@ class Evaluator:
     """Measures encoders on one data set's validation and test splits.
 
     `train` reads the train images: the bank often is the same array, which a GPU need not hold
-    twice. `two_views` makes the views that alignment and uniformity are measured on. Accuracies
-    are None where the data set has no labels.
+    twice. `two_views` makes the views that alignment, uniformity and the loss are measured on.
+    Accuracies are None where the data set has no labels.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Evaluator:
         device: torch.device,
         autocast: Autocast,
     ) -> None:
+        self._config = config
         self._data = data
         self._two_views = two_views
         self._device = device
@@ -97,6 +102,43 @@ class Evaluator:
                 "rankme": rankme(val_NF),
                 "feature_std": feature_std(val_NF),
             }
+
+    @torch.no_grad()
+    def val_loss(self, network: ContrastiveNetwork, loss: Loss) -> float:
+        """The run's own loss on two views of validation images; `Diverged` if it is not finite.
+
+        The mean over batches of the run's batch size, as in training, since a contrastive loss
+        rises with the number of negatives: as many full batches as 512 images hold, or one where a
+        batch is larger. Where val has fewer images than a batch they are the one batch, so the
+        value is that of fewer negatives than in training. At least two images.
+
+        It is the loss of the network that is trained, in evaluation mode, whatever `ema_decay`
+        averages: the head fits that encoder only. The target network and the queue are the run's,
+        as they stand; the queue's keys are those of train images.
+        """
+        size = min(self._config.batch_size, len(self._val))
+        batches = max(1, min(len(self._val), VIEWED_IMAGES) // size)
+        rows = torch.split(torch.arange(batches * size), size)
+        labels: list[Tensor | None] = [None] * batches
+        if "labels" in loss.needs:
+            labels_N = torch.from_numpy(self._data.val.labels[: batches * size].copy())
+            labels = list(torch.split(labels_N.to(self._device), size))
+        generator = torch.Generator(self._device)
+        generator.manual_seed(SEED)
+        target = [] if network.momentum is None else [network.momentum.module]
+        total = torch.zeros((), device=self._device)
+        # Seeded, as a user's own loss may draw from torch's generators.
+        with _evaluating(network, *target), seeded_rng(self._device, SEED):
+            for images_BCSS, labels_B in zip(self._val.batches(rows), labels, strict=True):
+                views_2BCSS = self._two_views(images_BCSS, generator)
+                with self._autocast():
+                    features_2BF = network.encode(views_2BCSS)
+                    embedded = network.embed(features_2BF, views_2BCSS, labels_B)
+                total += loss.compute(embedded, self._config)
+        value = total.item() / batches
+        if not math.isfinite(value):
+            raise Diverged("the loss on val was not finite")
+        return value
 
     def test(self, encoder: nn.Module) -> dict[str, float]:
         """Accuracies on the test split, with the bank of the validation ones."""
@@ -194,13 +236,15 @@ class Evaluator:
 
 
 @contextlib.contextmanager
-def _evaluating(encoder: nn.Module) -> Iterator[None]:
-    was_training = encoder.training
-    encoder.eval()
+def _evaluating(*modules: nn.Module) -> Iterator[None]:
+    were_training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:
-        encoder.train(was_training)
+        for module, was_training in zip(modules, were_training, strict=True):
+            module.train(was_training)
 
 
 def _has_settled(encoder: nn.Module) -> bool:

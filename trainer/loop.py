@@ -57,12 +57,13 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What is known of a run at one mark.
 
     `mark` is the nominal number of images, `samples_seen` the number at the first step that
-    reached it. `train_loss` is the mean since the last report. Accuracies (shares of val), rank
+    reached it. `train_loss` is the mean since the last report, `val_loss` the loss on two views of
+    validation images in evaluation mode, None unless configured. Accuracies (shares of val), rank
     and spread are those of the encoder's features of the validation images, in evaluation mode;
     alignment and uniformity those of its normalised features of two augmented views: the
     encoder's, not the projection head's, since the encoder is what is kept. Accuracies are None
@@ -75,6 +76,7 @@ class Report:
     samples_seen: int
     epoch: float
     train_loss: float
+    val_loss: float | None = None  # also in states that were saved before there was one
     knn_top1: float | None
     linear_top1: float | None
     alignment: float
@@ -116,6 +118,16 @@ def check_fits(config: TrainConfig, data: DataSplits) -> None:
         raise ValueError(
             f"the loss {config.loss} needs a label of every train image, and data set "
             f"{data.name!r} lacks some; use another loss"
+        )
+    if config.val_loss and len(data.val) < 2:
+        raise ValueError(
+            f"val_loss needs at least 2 images of the validation split, got {len(data.val)}; "
+            "raise val_limit or leave val_loss out"
+        )
+    if config.val_loss and "labels" in get_loss(config.loss).needs and (data.val.labels < 0).any():
+        raise ValueError(
+            f"val_loss of the loss {config.loss} needs a label of every validation image, and "
+            f"data set {data.name!r} lacks some; leave val_loss out"
         )
 
 
@@ -242,6 +254,8 @@ class Trainer:
         measures: dict[str, Any] = self._evaluator.measure(
             self.encoder, probe=probe, at_the_end=self.samples_seen >= self.total_images
         )
+        if self.config.val_loss:
+            measures["val_loss"] = self._evaluator.val_loss(self._network, self._loss)
         self._wall_s += time.perf_counter() - started
         return Report(
             mark=mark,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -63,7 +63,8 @@ def build_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optim
     if config.optimizer not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         raise ValueError(f"optimizer must be one of {known}; got {config.optimizer!r}")
-    return OPTIMIZERS[config.optimizer](_decay_groups(module, config.weight_decay), config)
+    groups = _decay_groups(module, config.weight_decay)
+    return OPTIMIZERS[config.optimizer].build(groups, config)
 
 
 def _warmup(progress: float, config: TrainConfig) -> float:
@@ -101,18 +102,32 @@ def learning_rate_at(config: TrainConfig, images: float, total_images: int) -> f
         known = ", ".join(SCHEDULES)
         raise ValueError(f"schedule must be one of {known}; got {config.schedule!r}")
     progress = min(1.0, max(0.0, images / total_images))
-    return config.learning_rate * max(0.0, SCHEDULES[config.schedule](progress, config))
+    return config.learning_rate * max(0.0, SCHEDULES[config.schedule].share(progress, config))
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], torch.optim.Optimizer]] = {
-    "adam": _adam,
-    "adamw": _adamw,
-    "sgd": _sgd,
-    "lars": _lars,
+class Optimizer(NamedTuple):
+    """How an optimiser is made, and the fields that it reads beside rate and weight decay."""
+
+    build: Callable[[Groups, TrainConfig], torch.optim.Optimizer]
+    fields: tuple[str, ...] = ()
+
+
+class Schedule(NamedTuple):
+    """Share of the peak rate at a progress in [0, 1]; the fields read for it beside `warmup`."""
+
+    share: Callable[[float, TrainConfig], float]
+    fields: tuple[str, ...] = ()
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adam": Optimizer(_adam),
+    "adamw": Optimizer(_adamw),
+    "sgd": Optimizer(_sgd, ("momentum",)),
+    "lars": Optimizer(_lars, ("momentum", "lars_trust")),
 }
 
-SCHEDULES: dict[str, Callable[[float, TrainConfig], float]] = {
-    "wsd": _wsd,
-    "cosine": _cosine,
-    "constant": _constant,
+SCHEDULES: dict[str, Schedule] = {
+    "wsd": Schedule(_wsd, ("cooldown",)),
+    "cosine": Schedule(_cosine),
+    "constant": Schedule(_constant),
 }

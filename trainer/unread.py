@@ -6,17 +6,13 @@ Defaults, and what a search draws for other choices than the one at hand, are no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import get_args
 
 from trainer.config import Augmentation, TrainConfig
 from trainer.losses import LOSSES, get_loss
+from trainer.optim import OPTIMIZERS, SCHEDULES
 
-READERS: dict[str, dict[str, Sequence[str]]] = {
-    "optimizer": {"momentum": ("sgd", "lars"), "lars_trust": ("lars",)},
-    "schedule": {"cooldown": ("wsd",)},
-}
-"""Field that chooses -> field -> the choices that read it."""
 MAGNITUDES: dict[Augmentation, tuple[str, ...]] = {
     "rotation": ("rotation",),
     "translation": ("translation",),
@@ -37,12 +33,8 @@ def unread_fields(config: TrainConfig) -> dict[str, str]:
 
 
 def _unread_of_losses(config: TrainConfig) -> dict[str, str]:
-    loss = get_loss(config.loss)
-    unread = {}
-    for field in sorted({field for other in LOSSES.values() for field in other.own_fields}):
-        if field not in loss.own_fields:
-            losses = [name for name, other in LOSSES.items() if field in other.own_fields]
-            unread[field] = _other_choice("loss", config.loss, losses)
+    fields = {name: loss.own_fields for name, loss in LOSSES.items()}
+    unread = _unread_of_choice("loss", config.loss, get_loss(config.loss).own_fields, fields)
     if config.loss == "align_uniform" and config.uniform_weight == 0:
         unread["uniform_t"] = "uniform_weight is 0"
     if config.projector_layers == 1:
@@ -51,12 +43,24 @@ def _unread_of_losses(config: TrainConfig) -> dict[str, str]:
 
 
 def _unread_of_choices(config: TrainConfig) -> dict[str, str]:
-    return {
-        field: _other_choice(choice, getattr(config, choice), readers)
-        for choice, fields in READERS.items()
-        for field, readers in fields.items()
-        if getattr(config, choice) not in readers
-    }
+    optimizers = {name: each.fields for name, each in OPTIMIZERS.items()}
+    schedules = {name: each.fields for name, each in SCHEDULES.items()}
+    unread: dict[str, str] = {}
+    for choice, fields in (("optimizer", optimizers), ("schedule", schedules)):
+        chosen = getattr(config, choice)
+        unread |= _unread_of_choice(choice, chosen, fields.get(chosen, ()), fields)
+    return unread
+
+
+def _unread_of_choice(
+    choice: str, chosen: str, read: Iterable[str], fields: Mapping[str, tuple[str, ...]]
+) -> dict[str, str]:
+    """What others of a choice read and `chosen`, which reads `read`, does not."""
+    unread = {}
+    for field in sorted({field for each in fields.values() for field in each} - set(read)):
+        readers = ", ".join(name for name, each in fields.items() if field in each)
+        unread[field] = f"{choice}={chosen} does not read it ({readers} would)"
+    return unread
 
 
 def _unread_of_views(config: TrainConfig) -> dict[str, str]:
@@ -93,7 +97,3 @@ def check_read(given: Iterable[str], configs: Iterable[TrainConfig]) -> None:
     for field in given:
         if unread and all(field in each for each in unread):
             raise ValueError(f"{field} has no effect: {unread[0][field]}; leave it out")
-
-
-def _other_choice(choice: str, chosen: str, readers: Iterable[str]) -> str:
-    return f"{choice}={chosen} does not read it ({', '.join(readers)} would)"

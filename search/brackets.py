@@ -1,0 +1,141 @@
+"""Which trials compete with which: one rule of stopping per stratum and bracket.
+
+Trials of different strata (levels of a choice that is being compared) never meet at a rung, since
+families learn at different speeds; nor do trials of different brackets, which have different
+rungs. A trial's bracket is drawn from the sweep's seed and its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from search.asha import GO_ON, Asha, Decision, Promotion, hyperband_shares, rungs_for
+from search.config import SweepConfig
+from search.median import MedianRule
+from search.seeds import derived_fraction
+
+
+class Rule(Protocol):
+    """Decides on the reports of one competition."""
+
+    def report(self, number: int, mark: int, value: float | None) -> Decision:
+        """Decide on trial `number` having reached `mark` images with `value`."""
+
+
+class NoStopping:
+    """The scheduler `none`: every trial goes on to the full resource."""
+
+    def report(self, number: int, mark: int, value: float | None) -> Decision:
+        """Go on, whatever the value."""
+        return GO_ON
+
+
+class Brackets:
+    """All competitions of a sweep; made as they are needed, by `make(bracket)`."""
+
+    def __init__(self, make: Callable[[int], Rule]) -> None:
+        self._make = make
+        self._rules: dict[tuple[str, int], Rule] = {}
+        self._of: dict[int, Rule] = {}
+
+    def assign(self, number: int, stratum: str, bracket: int) -> None:
+        """Enter a new trial into the competition of its stratum and bracket."""
+        key = (stratum, bracket)
+        if key not in self._rules:
+            self._rules[key] = self._make(bracket)
+        self._of[number] = self._rules[key]
+
+    def report(self, number: int, mark: int, value: float | None) -> Decision:
+        """Decide on trial `number` having reached `mark` images with `value`."""
+        return self._of[number].report(number, mark, value)
+
+    def next_promotion(self, *, last: bool = False) -> Promotion | None:
+        """A trial that waits and may go on; see `Asha.next_promotion`."""
+        for rule in self._rules.values():
+            if isinstance(rule, Asha) and rule.promotes:
+                promotion = rule.next_promotion(last=last)
+                if promotion is not None:
+                    return promotion
+        return None
+
+    def promote(self, number: int, rung: int) -> None:
+        """Enter that a trial went on from `rung`."""
+        rule = self._of[number]
+        assert isinstance(rule, Asha)
+        rule.promote(number, rung)
+
+    def leave(self, number: int) -> None:
+        """Enter that a trial waits no more: it ended, or runs on outside of the competition."""
+        rule = self._of[number]
+        if isinstance(rule, Asha):
+            rule.leave(number)
+
+
+def _asha(config: SweepConfig, rungs: Sequence[int], bracket: int) -> Rule:
+    return Asha(
+        rungs[bracket:],
+        config.reduction,
+        config.mode,
+        config.min_competitors,
+        promotes=config.promote,
+    )
+
+
+def _median(config: SweepConfig, rungs: Sequence[int], bracket: int) -> Rule:
+    return MedianRule(rungs, config.mode, config.min_competitors)
+
+
+def _none(config: SweepConfig, rungs: Sequence[int], bracket: int) -> Rule:
+    return NoStopping()
+
+
+RULES: dict[str, Callable[[SweepConfig, Sequence[int], int], Rule]] = {
+    "asha": _asha,
+    "median": _median,
+    "none": _none,
+}
+
+
+def make_brackets(config: SweepConfig, rungs: Sequence[int]) -> Brackets:
+    """The competitions of a sweep with these rungs."""
+    make = RULES[config.scheduler]
+    return Brackets(lambda bracket: make(config, rungs, bracket))
+
+
+def bracket_of(config: SweepConfig, rungs: Sequence[int], number: int) -> int:
+    """The bracket of trial `number`: 0 has all rungs, each further one begins a rung later."""
+    if config.brackets == 1:
+        return 0
+    shares = hyperband_shares(len(rungs), config.reduction, config.brackets)
+    drawn = derived_fraction(config.seed, number, "bracket")
+    for bracket, share in enumerate(shares):
+        drawn -= share
+        if drawn < 0:
+            return bracket
+    return config.brackets - 1
+
+
+def plan_rungs(
+    config: SweepConfig,
+    train_images: int,
+    total: int,
+    marks: Callable[[Sequence[int]], Sequence[int]],
+) -> tuple[int, ...]:
+    """The rungs of a sweep, in images: ASHA's, or every mark from the grace on (median).
+
+    `marks(rungs)` are the marks of a trial that reports at these rungs, too. ValueError for more
+    brackets than rungs.
+    """
+    if config.scheduler == "none":
+        return ()
+    grace = max(1, round(config.grace * train_images))
+    if config.scheduler == "median":
+        return tuple(mark for mark in marks([grace]) if grace <= mark < total)
+    rungs = rungs_for(grace, config.reduction, total)
+    if config.brackets > max(1, len(rungs)):
+        raise ValueError(
+            f"brackets must be at most the {len(rungs)} rungs "
+            f"({', '.join(f'{rung:,}' for rung in rungs)} images), got {config.brackets}"
+        )
+    return rungs

@@ -1,0 +1,57 @@
+"""How trials end, in words: the final state and its reason; and when all of them end badly."""
+
+from __future__ import annotations
+
+from search.state import SweepState, TrialState
+
+FAILED = ("diverged", "oom", "error", "lost")
+
+
+def ending_of(trial: TrialState, objective: str, total_images: int) -> tuple[str, str]:
+    """Final state and reason of a trial that reached its end, was stopped or waited in vain."""
+    if total_images in trial.reports:
+        return "completed", ""
+    stop = trial.stop_recorded()
+    if stop is None and trial.stop_asked:
+        return "pruned", "stopped by command"
+    report = stop or trial.last_report
+    assert report is not None
+    decision = report["decision"]
+    value = report["metrics"].get(objective)
+    shown = "not finite" if value is None else f"{value:.4g}"
+    cutoff = decision["cutoff"]
+    against = "" if cutoff is None else f", cut-off {cutoff:.4g}"
+    waited = "" if stop else "never promoted: "
+    return "pruned", (
+        f"{waited}{objective} {shown} at {decision['rung']:,} images{against} "
+        f"of {decision['competitors']} competitors"
+    )
+
+
+def ending_by_deaths(trial: TrialState, total_images: int) -> tuple[str, str]:
+    """Final state and reason of a trial whose worker died too often."""
+    if total_images in trial.reports:
+        return "completed", "its last checkpoint could not be saved"
+    return "lost", f"its worker died {trial.deaths} times: {trial.last_death}"
+
+
+def first_failed_alike(state: SweepState, first: int) -> str | None:
+    """At the moment when `first` trials have ended, and all failed the same way: which way.
+
+    Not while another trial has made a report: then there are some that work.
+    """
+    if len(state.trials) - len(state.open) != first:
+        return None
+    if any(trial.reports for trial in state.open.values()):
+        return None
+    ended = [trial for trial in state.trials.values() if trial.state is not None]
+    kinds = {(trial.state, _kind(trial.reason)) for trial in ended}
+    if len(kinds) > 1 or ended[0].state not in FAILED:
+        return None
+    return f"the first {first} trials all failed alike ({ended[0].state}): {ended[0].reason}"
+
+
+def _kind(reason: str) -> str:
+    """What two failures have in common: the first line without its figures."""
+    line = reason.partition("\n")[0]
+    return "".join("#" if character.isdigit() else character for character in line)[:200]
