@@ -32,15 +32,24 @@ UNFINISHED = "unfinished"
 FAILED_STATES = ("diverged", "oom", "error", "lost")
 STATES = ("completed", "pruned", UNFINISHED, *FAILED_STATES)
 
-RUNG_METRICS = ("rung_cutoff", "rung_competitors", "rung_stop")
+RUNG_METRICS = ("rung_cutoff", "rung_competitors", "rung_stop", "rung_pause")
 
 TRIAL_COLUMNS = (
     *("number", "state", "reason", "is_default", "objective", "best_objective"),
     *("samples_seen", "mark", "wall_s", "images_per_s", "start", "end"),
-    *("node", "seed", "rung", "audited", "run_id"),
+    *("node", "seed", "rung", "audited", "stratum", "pareto", "run_id"),
 )
 CURVE_COLUMNS = ("number", "metric", "samples_seen", "mark", "value", "time")
-DECISION_COLUMNS = ("number", "mark", "samples_seen", "value", "cutoff", "competitors", "stop")
+DECISION_COLUMNS = (
+    "number",
+    "mark",
+    "samples_seen",
+    "value",
+    "cutoff",
+    "competitors",
+    "stop",
+    "pause",
+)
 
 
 class SweepInfo(TypedDict):
@@ -276,10 +285,17 @@ def _decisions_frame(
                     at.get("rung_cutoff", {}).get(point, math.nan),
                     at.get("rung_competitors", {}).get(point, math.nan),
                     bool(stop),
+                    bool(at.get("rung_pause", {}).get(point, 0)),
                 )
             )
     frame = pd.DataFrame(rows, columns=list(DECISION_COLUMNS)).astype(
-        {"number": "int64", "mark": "int64", "samples_seen": "int64", "stop": "bool"}
+        {
+            "number": "int64",
+            "mark": "int64",
+            "samples_seen": "int64",
+            "stop": "bool",
+            "pause": "bool",
+        }
     )
     for column in ("value", "cutoff"):
         frame[column] = frame[column].astype("float64")
@@ -319,6 +335,8 @@ def _trials_frame(runs: Sequence[Any], info: SweepInfo, curves: pd.DataFrame) ->
                 "seed": tags.get(TAG + "seed", ""),
                 "rung": _whole(_number_tag(tags, "rung")),
                 "audited": _whole(_number_tag(tags, "audited")),
+                "stratum": tags.get(TAG + "stratum", ""),
+                "pareto": tags.get(TAG + "pareto") == "true",
                 "run_id": run.info.run_id,
             }
         )

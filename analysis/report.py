@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import unescape
 from importlib import resources
 from pathlib import Path
@@ -175,6 +175,7 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
         "winner_word": "winner" if info["state"] == "finished" else "winner so far",
         "gain_is_noise": _within_noise(summary["gain"], standing, info["val_images"]),
         "accuracy": is_accuracy(info["objective"]),
+        "scheduler": _scheduler(info),
         "started": f"{info['start']:%Y-%m-%d %H:%M} UTC",
         "last_report": None if pd.isna(last) else f"{last:%Y-%m-%d %H:%M} UTC",
         "total": len(trials),
@@ -198,6 +199,19 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
         "config": info["config"],
         "versions": info["versions"],
     }
+
+
+def _scheduler(info: Mapping[str, Any]) -> str:
+    """The scheduler with what was asked of it."""
+    config = info["config"]
+    parts = [info["scheduler"] or "–"]
+    parts += ["promoting"] if config.get("promote") == "True" else []
+    brackets, audit = config.get("brackets", "1"), float(config.get("audit", 0))
+    parts += [f"{brackets} brackets"] if brackets != "1" else []
+    field = config.get("stratify", "None")
+    parts += [f"stratified by {field}"] if field != "None" else []
+    parts += [f"{audit:.0%} audited"] if audit else []
+    return ", ".join(parts)
 
 
 def _within_noise(gain: Gain | None, standing: Standing | None, images: int | None) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import pandas as pd
 
-from analysis.load import SweepFrames
+from analysis.load import UNFINISHED, SweepFrames
 
 RUNG_COLUMNS = (
     *("rung", "arrived", "passed", "stopped", "audited"),
@@ -30,7 +30,8 @@ class Saving(TypedDict):
     slot_s: float  # time that one slot would have needed for what was saved
     wall_s: float | None  # the same spread over the sweep's slots, None where unknown
     audited: int  # trials that would have been stopped, and ran on as an audit
-    audited_above: int  # of these, how many ended above every completed trial that was not audited
+    audited_compared: int  # of these, those that completed beside unaudited ones of their stratum
+    audited_above: int  # of these again, those that ended above all unaudited ones there
 
 
 def rung_table(frames: SweepFrames) -> pd.DataFrame:
@@ -42,6 +43,9 @@ def rung_table(frames: SweepFrames) -> pd.DataFrame:
     one; `best` and `worst` the objective's extremes among the arrivals.
     """
     decisions, trials = frames.decisions, frames.trials
+    furthest = decisions.groupby("number")["mark"].transform("max") == decisions["mark"]
+    unfinished = trials.loc[trials["state"] == UNFINISHED, "number"]
+    wait = decisions.loc[furthest & decisions["number"].isin(unfinished), "number"]
     rungs = sorted({*frames.info["rungs"], *(int(mark) for mark in decisions["mark"])})
     times = frames.curves[frames.curves["metric"] == frames.info["objective"]]
     when = times.set_index(["number", "samples_seen"])["time"].to_dict()
@@ -55,11 +59,12 @@ def rung_table(frames: SweepFrames) -> pd.DataFrame:
         waited = trials.loc[(trials["rung"] == rung).fillna(False), "number"]
         stopped = int((here["stop"] | here["number"].isin(waited)).sum())
         audited = int((trials["audited"] == rung).fillna(False).sum())
+        waiting = len(here[here["pause"] & here["number"].isin(wait)])
         rows.append(
             {
                 "rung": rung,
                 "arrived": len(here),
-                "passed": len(here) - stopped - audited,
+                "passed": len(here) - stopped - audited - waiting,
                 "stopped": stopped,
                 "audited": audited,
                 "first_cutoff": cutoffs.iloc[0] if len(cutoffs) else None,
@@ -80,7 +85,7 @@ def saving(frames: SweepFrames) -> Saving:
     its images), where no wall was recorded by its images_per_s.
     """
     trials, info = frames.trials, frames.info
-    pruned = trials[trials["state"] == "pruned"]
+    pruned = trials[(trials["state"] == "pruned") & trials["rung"].notna()]  # not by a command
     left = (info["total_images"] - pruned["samples_seen"]).clip(lower=0)
     pace = pruned["wall_s"] / pruned["samples_seen"].where(pruned["samples_seen"] > 0)
     pace = pace.fillna(1.0 / pruned["images_per_s"].where(pruned["images_per_s"] > 0))
@@ -90,6 +95,7 @@ def saving(frames: SweepFrames) -> Saving:
     audited = trials["audited"].notna()
     sign = 1.0 if info["mode"] == "max" else -1.0
     ends = sign * trials["objective"].where(trials["state"] == "completed")
+    others = ends.where(~audited).groupby(trials["stratum"]).transform("max")
     return Saving(
         stopped=len(pruned),
         samples_seen=spent,
@@ -99,5 +105,6 @@ def saving(frames: SweepFrames) -> Saving:
         slot_s=slot_s,
         wall_s=slot_s / info["slots"] if info["slots"] else None,
         audited=int(audited.sum()),
-        audited_above=int((ends[audited] > ends[~audited].max()).sum()),
+        audited_above=int((ends[audited] > others[audited]).sum()),
+        audited_compared=int((ends[audited].notna() & others[audited].notna()).sum()),
     )

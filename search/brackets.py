@@ -7,13 +7,14 @@ rungs. A trial's bracket is drawn from the sweep's seed and its number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from search.asha import GO_ON, Asha, Decision, Promotion, hyperband_shares, rungs_for
 from search.config import SweepConfig
 from search.median import MedianRule
 from search.seeds import derived_fraction
+from search.state import SweepState
 
 
 class Rule(Protocol):
@@ -50,10 +51,21 @@ class Brackets:
         """Decide on trial `number` having reached `mark` images with `value`."""
         return self._of[number].report(number, mark, value)
 
-    def next_promotion(self, *, last: bool = False) -> Promotion | None:
-        """A trial that waits and may go on; see `Asha.next_promotion`."""
+    def among(self, number: int, others: Collection[int]) -> bool:
+        """Whether trial `number` competes with any of the others."""
+        return any(self._of[other] is self._of[number] for other in others)
+
+    def next_promotion(self, *, last_without: Collection[int] | None = None) -> Promotion | None:
+        """A trial that waits and may go on; see `Asha.next_promotion`.
+
+        `last_without` says that no further value will come but those of these trials: for all
+        competitions that none of them is in, it is the last chance to promote one.
+        """
         for rule in self._rules.values():
             if isinstance(rule, Asha) and rule.promotes:
+                last = last_without is not None and not any(
+                    self._of[other] is rule for other in last_without
+                )
                 promotion = rule.next_promotion(last=last)
                 if promotion is not None:
                     return promotion
@@ -101,6 +113,24 @@ def make_brackets(config: SweepConfig, rungs: Sequence[int]) -> Brackets:
     """The competitions of a sweep with these rungs."""
     make = RULES[config.scheduler]
     return Brackets(lambda bracket: make(config, rungs, bracket))
+
+
+def rebuilt_brackets(config: SweepConfig, state: SweepState) -> Brackets:
+    """The competitions as the journal's reports and promotions have left them."""
+    brackets = make_brackets(config, state.header["rungs"])
+    for trial in state.trials.values():
+        brackets.assign(trial.number, trial.stratum, trial.bracket)
+    for report in state.reports:
+        trial = state.trials[report["number"]]
+        if trial.audited_at is None or report["mark"] <= trial.audited_at:
+            value = report["metrics"].get(config.objective)
+            brackets.report(trial.number, report["mark"], value)
+    for trial in state.trials.values():
+        for rung in trial.promoted:
+            brackets.promote(trial.number, rung)
+        if trial.state is not None or trial.audited_at is not None:
+            brackets.leave(trial.number)
+    return brackets
 
 
 def bracket_of(config: SweepConfig, rungs: Sequence[int], number: int) -> int:

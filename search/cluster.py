@@ -71,6 +71,8 @@ def _check_fits(config: SweepConfig) -> None:
     import ray
 
     gpus = gpus_per_trial(config)
+    if config.max_gpu_hours is not None and not gpus:
+        raise ValueError("--max-gpu-hours counts GPUs, but the trials have none; use --max-hours")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = {kind: max(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
     for kind, asked in (("CPU", config.cpus_per_trial), ("GPU", gpus)):

@@ -93,6 +93,10 @@ class CommandFile:
             pass
         return self._commands[count:]
 
+    def still_taken(self, count: int) -> int:
+        """`count` taken commands, or 0 if the file has fewer: it was deleted, all in it is new."""
+        return count if len(self.after(0)) >= count else 0
+
     def _read(self) -> None:
         with self._path.open("rb") as file:
             file.seek(self._offset)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from search.asha import Decision
-from search.brackets import Brackets, make_brackets
+from search.brackets import Brackets, rebuilt_brackets
 from search.budget import spent_budget
 from search.commands import refusal
 from search.config import SweepConfig
@@ -108,23 +108,11 @@ class Driver:
             config=config,
             journal=journal,
             proposals=Proposals(config, state, space, defaults, strata, grid),
-            scheduler=make_brackets(config, state.header["rungs"]),
+            scheduler=rebuilt_brackets(config, state),
             total_images=state.header["total_images"],
             clock=clock,
-            retention=Retention(config.keep_checkpoints, config.objective, config.mode, delete),
+            retention=Retention(config.keep_checkpoints, config.objectives, config.modes, delete),
         )
-        for trial in state.trials.values():
-            driver.scheduler.assign(trial.number, trial.stratum, trial.bracket)
-        for report in state.reports:
-            trial = state.trials[report["number"]]
-            if trial.audited_at is None or report["mark"] <= trial.audited_at:
-                value = report["metrics"].get(config.objective)
-                driver.scheduler.report(trial.number, report["mark"], value)
-        for trial in state.trials.values():
-            for rung in trial.promoted:
-                driver.scheduler.promote(trial.number, rung)
-            if trial.state is not None or trial.audited_at is not None:
-                driver.scheduler.leave(trial.number)
         driver.retention.restore(journal)
         if state.budget_spent is not None:
             driver._stop_suggesting(state.budget_spent)
@@ -132,6 +120,8 @@ class Driver:
         for trial in state.unfinished():
             if driver._nothing_left(trial):
                 driver._finish_as_decided(trial)
+            elif trial.failure is not None:
+                driver._fail_of_space(trial)
             elif trial.deaths > MAX_DEATHS:
                 driver._finish(trial, *ending_by_deaths(trial, driver.total_images))
             elif trial.paused_at is None:
@@ -163,9 +153,7 @@ class Driver:
             if suggested is not None and suggested.state is None:
                 return self._issue(suggested, "new")
             if self.draining:
-                break
-        if self.in_flight:
-            return Next.WAIT
+                return Next.WAIT if self.in_flight else Next.FINISHED
         return self._end_of_waiting()
 
     def drain(self, reason: str) -> None:
@@ -190,8 +178,8 @@ class Driver:
         if self.config.on_budget == "stop":
             self.drain(reason)
 
-    def _promote(self, *, last: bool = False) -> Segment | None:
-        promotion = self.scheduler.next_promotion(last=last)
+    def _promote(self, *, last_without: Collection[int] | None = None) -> Segment | None:
+        promotion = self.scheduler.next_promotion(last_without=last_without)
         if promotion is None or promotion.number in self.in_flight:
             return None  # the latter's checkpoint is still being saved
         self.scheduler.promote(promotion.number, promotion.rung)
@@ -200,18 +188,25 @@ class Driver:
         return self._issue(trial, "promoted", rung=promotion.rung, **grounds)
 
     def _end_of_waiting(self) -> Segment | Next:
-        """Nothing runs and nothing new comes: promote a last one, or end those that still wait."""
+        """Nothing new comes: where nobody competes any more, promote a last one or end the wait.
+
+        With a spent budget those that wait stay as they are, for when it is raised.
+        """
+        state = self.journal.state
+        competing = [n for n in self.in_flight if state.trials[n].audited_at is None]
         if not self.spent:
-            promoted = self._promote(last=True)
+            promoted = self._promote(last_without=competing)
             if promoted is not None:
                 return promoted
-        for trial in self.journal.state.unfinished():
-            if self._audits(trial.number) and not self.spent:
-                segment = self._issue(trial, "audited")
-                self._told_at_audit(trial)
-                return segment
-            self._finish_as_decided(trial)
-        return Next.FINISHED
+            for trial in state.unfinished():
+                if trial.number in self.in_flight or self.scheduler.among(trial.number, competing):
+                    continue
+                if self._audits(trial.number):
+                    segment = self._issue(trial, "audited")
+                    self._told_at_audit(trial)
+                    return segment
+                self._finish_as_decided(trial)
+        return Next.WAIT if self.in_flight else Next.FINISHED
 
     def _suggest(self, number: int) -> TrialState | None:
         proposal = self.proposals.next(number)
@@ -220,10 +215,12 @@ class Driver:
         self.journal.append("suggested", number=number, **proposal.event)
         trial = self.journal.state.trials[number]
         self.scheduler.assign(number, trial.stratum, trial.bracket)
-        if proposal.failure is not None:
-            reason = f"the space failed: {proposal.failure}"[:MAX_REASON]
-            self._finish(trial, "error", reason)
+        if trial.failure is not None:
+            self._fail_of_space(trial)
         return trial
+
+    def _fail_of_space(self, trial: TrialState) -> None:
+        self._finish(trial, "error", f"the space failed: {trial.failure}"[:MAX_REASON])
 
     def _issue(self, trial: TrialState, why: str, **grounds: Any) -> Segment:
         attempt = trial.attempts + 1
@@ -302,7 +299,9 @@ class Driver:
             return False
         trial = self.journal.state.trials[int(result["number"])]
         mark = int(result["mark"])
-        if trial.reports[mark]["decision"]["stop"] or trial.stop_asked:
+        if trial.reports[mark]["decision"]["stop"]:
+            return False
+        if trial.stop_asked and mark < self.total_images:
             return False
         return self._ends_here(trial, mark) or bool(result["save_is_cheap"])
 
@@ -337,8 +336,9 @@ class Driver:
         self.to_reissue[number] = None
 
     def _died(self, trial: TrialState, reason: str) -> None:
-        self.journal.append("died", number=trial.number, attempt=trial.attempts, reason=reason)
-        if killed_for_memory(reason) and trial.deaths > 1:  # once may be another process's fault
+        more = {"reason": reason, "of_memory": killed_for_memory(reason)}
+        self.journal.append("died", number=trial.number, attempt=trial.attempts, **more)
+        if trial.memory_deaths > 1:  # once may be another process's fault
             self._finish(trial, "oom", reason[:MAX_REASON])
         elif trial.paused_at is not None:
             return  # it waits; what its last checkpoint lacks is trained again once promoted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from search.state import SweepState, TrialState
 
 FAILED = ("diverged", "oom", "error", "lost")
@@ -45,13 +47,17 @@ def first_failed_alike(state: SweepState, first: int) -> str | None:
     if any(trial.reports for trial in state.open.values()):
         return None
     ended = [trial for trial in state.trials.values() if trial.state is not None]
-    kinds = {(trial.state, _kind(trial.reason)) for trial in ended}
+    kinds = {(trial.state, _kind(trial)) for trial in ended}
     if len(kinds) > 1 or ended[0].state not in FAILED:
         return None
     return f"the first {first} trials all failed alike ({ended[0].state}): {ended[0].reason}"
 
 
-def _kind(reason: str) -> str:
-    """What two failures have in common: the first line without its figures."""
-    line = reason.partition("\n")[0]
-    return "".join("#" if character.isdigit() else character for character in line)[:200]
+def _kind(trial: TrialState) -> str:
+    """What two failures of one state have in common: the first line without its figures.
+
+    Of divergence and of memory that runs out, the state says it all.
+    """
+    if trial.state in ("diverged", "oom"):
+        return ""
+    return re.sub(r"[\d.,]+", "#", trial.reason.partition("\n")[0])[:200]

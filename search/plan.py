@@ -99,7 +99,7 @@ def make_plan(
     configurations = [with_copied_loss(each, copied, sweep_dir) for each in draws.configurations]
     for each in configurations:
         check_names(each)
-        if each.device.startswith("cuda:"):
+        if each.device.startswith("cuda:") and each.device != "cuda:0":
             raise ValueError(
                 f"device is {each.device}, but Ray gives each trial its GPU; set device=cuda"
             )

@@ -26,10 +26,9 @@ from trainer.config import parse_config
 
 @dataclass(frozen=True)
 class Proposal:
-    """A new trial: the fields of its `suggested` event, and why it cannot be run, if so."""
+    """A new trial: the fields of its `suggested` event."""
 
     event: dict[str, Any]
-    failure: str | None
 
 
 class Proposals:
@@ -84,18 +83,18 @@ class Proposals:
         if source != "enqueued":
             self._strata_counts[stratum] += 1
         event = asdict(suggestion)
-        del event["fields"], event["failure"]
+        del event["fields"]
         rungs = self._state.header["rungs"]
         return Proposal(
             {
                 **event,
+                "failure": failure,
                 "config": fields,
                 "default": source == "default" and stratum == self._default_stratum,
                 "source": source,
                 "stratum": stratum,
                 "bracket": bracket_of(self._config, rungs, number),
-            },
-            failure,
+            }
         )
 
     def refusal(self, params: Any) -> str | None:

@@ -63,6 +63,8 @@ class RecordedTrial:
     """Images that it was trained on in all."""
     s_per_image: float = 1e-3
     """Its pace, in seconds."""
+    stratum: str = ""
+    """Level of the choice that the sweep was stratified by, if it was: it competes there alone."""
 
 
 @dataclass(frozen=True)
@@ -252,16 +254,26 @@ class RecordedStudy:
 class RecordedProposals:
     """Hands out recorded trials one by one, in the place of a sweep's `Proposals`."""
 
-    def __init__(self, config: SweepConfig, rungs: Sequence[int]) -> None:
-        self._config, self._rungs = config, rungs
+    def __init__(
+        self, config: SweepConfig, rungs: Sequence[int], order: Sequence[RecordedTrial]
+    ) -> None:
+        self._config, self._rungs, self._order = config, rungs, order
         self.exhausted: str | None = None
         self.study = RecordedStudy()
 
     def next(self, number: int) -> Proposal:
-        """Trial `number`, of which nothing but the bracket is to be decided."""
+        """Trial `number`: the next in order, in its own stratum and a drawn bracket."""
         nothing: dict[str, Any] = {key: {} for key in ("params", "distributions", "system_attrs")}
         bracket = bracket_of(self._config, self._rungs, number)
-        return Proposal({**nothing, "config": {}, "default": False, "bracket": bracket}, None)
+        return Proposal(
+            {
+                **nothing,
+                "config": {},
+                "default": False,
+                "bracket": bracket,
+                "stratum": self._order[number].stratum,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -322,7 +334,7 @@ def _drive(
         config=config,
         journal=journal,
         # what it has to offer is all that a driver asks of its proposals
-        proposals=cast(Proposals, RecordedProposals(config, rungs)),
+        proposals=cast(Proposals, RecordedProposals(config, rungs, order)),
         scheduler=make_brackets(config, rungs),
         total_images=recording.total_images,
         clock=clock,

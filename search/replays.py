@@ -104,6 +104,7 @@ def recording_of(frames: SweepFrames) -> Recording:
                 values=values.get(int(row["number"]), {}),
                 failed=str(row["state"]) if row["state"] in FAILED_STATES else None,
                 samples_seen=seen,
+                stratum=str(row["stratum"]),
                 **({"s_per_image": wall_s / seen} if timed else {}),
             )
         )

@@ -190,7 +190,8 @@ class Sweep:
         """
         check_tracking_uri(self.tracking_uri)
         state = load_state(self.dir / FILE_NAME)
-        asked = CommandFile(self.dir).after(state.commands_taken)
+        commands = CommandFile(self.dir)
+        asked = commands.after(commands.still_taken(state.commands_taken))
         if state.ended and state.ended["state"] == "finished" and not trials and not asked:
             self.record_rest()
             return self._result(state, None)
@@ -210,6 +211,7 @@ class Sweep:
                     slots=slots(),
                     gpus_per_trial=gpus_per_trial(self.config),
                     driver_pid=os.getpid(),
+                    commands_taken=commands.still_taken(state.commands_taken),
                 )
                 return self._drive(plan, journal, slots)
 
@@ -302,7 +304,7 @@ class Sweep:
         else:
             state = journal.state
             done = not state.open and len(state.trials) >= state.planned
-            cut = driver.draining is not None and not done
+            cut = (driver.draining or driver.spent) is not None and not done
             reasons = driver.draining if cut else "", driver.spent, driver.proposals.exhausted
             journal.append(
                 "sweep_finished",

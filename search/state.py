@@ -33,6 +33,8 @@ class TrialState:
     stratum: str = ""
     bracket: int = 0
     redraws: int = 0
+    failure: str | None = None
+    """Why the space gave no configuration."""
     study_attrs: dict[str, Any] = field(default_factory=dict)
     reports: dict[int, Event] = field(default_factory=dict)
     """mark -> its report, in the order of the marks."""
@@ -40,6 +42,8 @@ class TrialState:
     checkpoint_mark: int = 0
     attempts: int = 0
     deaths: int = 0
+    memory_deaths: int = 0
+    """Of these, those by Ray's memory monitor."""
     last_death: str = ""
     """What Ray said of it."""
     node: str | None = None
@@ -224,6 +228,7 @@ def _on_resumed(state: SweepState, event: Event) -> None:
     state.planned = int(event["trials"])
     state.slots = int(event["slots"])
     state.gpus_per_trial = float(event.get("gpus_per_trial", state.gpus_per_trial))
+    state.commands_taken = int(event.get("commands_taken", state.commands_taken))
     state.ended = None
     state.budget_spent = None  # it may have been raised
     for trial in state.open.values():  # what ran then was cut off
@@ -250,6 +255,7 @@ def _on_suggested(state: SweepState, event: Event) -> None:
         stratum=str(event.get("stratum", "")),
         bracket=int(event.get("bracket", 0)),
         redraws=int(event.get("redraws", 0)),
+        failure=event.get("failure"),
         study_attrs=event.get("study_attrs", {}),
     )
     state.open[number] = state.trials[number]
@@ -300,6 +306,7 @@ def _on_checkpoint_dropped(state: SweepState, event: Event) -> None:
 def _on_died(state: SweepState, event: Event) -> None:
     trial = state.trials[int(event["number"])]
     trial.deaths += 1
+    trial.memory_deaths += bool(event.get("of_memory", False))
     trial.last_death = str(event.get("reason", ""))
     _count(state, trial, event, 0)
     trial.running_since = None

@@ -20,7 +20,7 @@ One parent run a sweep, one child run (`mlflow.parentRunId`) a trial, in the exp
 |        |          | samples_seen (at the end, what a failed trial cost after its last report) |
 | child  | params   | every field of `TrainConfig`                                              |
 | child  | metrics  | every figure of a `Report`, and at rungs rung_cutoff, rung_competitors,   |
-|        |          | rung_stop, at step = samples_seen with the report's own time              |
+|        |          | rung_stop, rung_pause; at step = samples_seen with the report's own time  |
 
 Status of a child: FINISHED (completed), KILLED (pruned), FAILED (the other final states),
 RUNNING (unfinished).
@@ -366,8 +366,9 @@ class Recorder:
         header = self._state.header
         config = SweepConfig.model_validate(header["config"])
         if config.also:
-            for trial in self._state.pareto(config.objectives, config.modes):
-                client.set_tag(self._children[trial.number], PREFIX + "pareto", "true")
+            front = {each.number for each in self._state.pareto(config.objectives, config.modes)}
+            for number, run_id in self._children.items():  # of an extended sweep some left it
+                client.set_tag(run_id, PREFIX + "pareto", str(number in front).lower())
         best = self._state.best(config.objective, config.mode)
         if best is None or best.checkpoint is None:
             return
@@ -384,6 +385,7 @@ def _report_metrics(event: Event) -> list[Metric]:
     if decision["rung"] is not None:
         figures["rung_competitors"] = decision["competitors"]
         figures["rung_stop"] = int(decision["stop"])
+        figures["rung_pause"] = int(decision.get("pause", False))
         figures["rung_cutoff"] = decision["cutoff"]
     at, step = _milliseconds(event["time"]), int(event["samples_seen"])
     return [

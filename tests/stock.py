@@ -9,7 +9,6 @@ retries, checkpoints and the experiment's snapshots, which are the controller's.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,9 +103,7 @@ class Stock:
 
     def _complete(self, trial: StockTrial) -> None:
         self.scheduler.on_trial_complete(None, trial, trial.last_result)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.searcher.on_trial_complete(trial.trial_id, result=trial.last_result)
+        self.searcher.on_trial_complete(trial.trial_id, result=trial.last_result)
         trial.status = "TERMINATED"
 
     def told(self, trial: StockTrial) -> optuna.trial.FrozenTrial:
@@ -233,15 +230,14 @@ class Ours:
 
 @dataclass
 class StockDriver:
-    """A stock pair with the methods of `Driver`: at most `trials` of them, no resume, no deaths.
+    """A stock pair with the methods of `Driver`, for a simulation: `trials` trials, no resume.
 
-    `fields` are the training fields that every trial shares; a suggestion overrides them.
+    A trial reports at `marks`; as it comes, the pair counts reports and sees no images.
     """
 
     stock: Stock
     trials: int
     marks: Sequence[int]
-    fields: Mapping[str, Any] = field(default_factory=dict)
     in_flight: set[int] = field(default_factory=set)
 
     @property
@@ -258,8 +254,7 @@ class StockDriver:
             return Next.WAIT
         trial = self.stock.add()
         self.in_flight.add(started)
-        fields = {**self.fields, **trial.config}
-        return Segment(started, attempt=1, fields=fields, checkpoint=None, checkpoint_mark=0)
+        return Segment(started, 1, trial.config, checkpoint=None, checkpoint_mark=0)
 
     def on_result(self, result: Mapping[str, Any]) -> bool:
         """As `Driver.on_result`."""

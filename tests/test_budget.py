@@ -188,8 +188,8 @@ def test_a_spent_budget_is_spent_still_after_a_resume(tmp_path: Path) -> None:
         assert again.spent
 
 
-def test_with_a_spent_budget_nothing_is_promoted_and_what_waits_ends(tmp_path: Path) -> None:
-    """Not even the best of them, though a place at its rung has come free."""
+def test_with_a_spent_budget_what_waits_goes_on_waiting_until_it_is_raised(tmp_path: Path) -> None:
+    """Not even the best is promoted, though a place at its rung has come free."""
     path, clock = tmp_path / "e.jsonl", Clock()
     driver = begin(path, clock=clock, max_hours=1.0, promote=True)
     segments = [issued(driver, 3) for _ in range(3)]
@@ -200,9 +200,11 @@ def test_with_a_spent_budget_nothing_is_promoted_and_what_waits_ends(tmp_path: P
     assert driver.scheduler.next_promotion() is not None
     assert driver.next_segment(3) is Next.FINISHED
     trials = driver.journal.state.trials.values()
-    assert [trial.state for trial in trials] == ["pruned"] * 3
-    assert all(trial.reason.startswith("never promoted") for trial in trials)
+    assert [trial.state for trial in trials] == [None] * 3
     assert len(positions_of(path, "started")) == 3
+    again = begin(path, clock=clock, max_hours=9.0, promote=True)
+    assert issued(again, 3).number == 0
+    assert again.journal.state.trials[0].promoted == [RUNGS[0]]
 
 
 def test_a_budget_stops_what_still_runs_of_an_exhausted_space(tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_a_trial_that_waits_or_is_to_be_issued_again_is_stopped_at_once(tmp_path
         trial = driver.journal.state.trials[number]
         assert (trial.state, trial.reason) == ("pruned", "stopped by command")
     assert issued(driver).number == 2
-    assert driver.scheduler.next_promotion(last=True) is None
+    assert driver.scheduler.next_promotion(last_without=()) is None
 
 
 def test_a_stopped_sweep_drains_and_goes_on_with_a_resume(tmp_path: Path) -> None:

@@ -20,10 +20,22 @@ from ray.tune import Callback, ResumeConfig, Stopper
 from ray.tune.search import ConcurrencyLimiter
 
 from search.asha import Asha
-from search.driver import Next
+from search.driver import Next, Segment
 from search.journal import load_state
 from search.searcher import SweepSearcher
-from tests.stock import EPOCH, ITERATION, METRIC, Ours, Stock, controller, processed, queued
+from search.simulate import Outcome, Simulation, VirtualClock, steady
+from tests.stock import (
+    EPOCH,
+    ITERATION,
+    METRIC,
+    Ours,
+    Stock,
+    StockDriver,
+    StockTrial,
+    controller,
+    processed,
+    queued,
+)
 
 
 def line(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
@@ -84,6 +96,23 @@ def test_the_harness_calls_the_hooks_as_the_controller_does(folder: Path) -> Non
     assert not ray.is_initialized()
 
 
+def test_the_stock_pair_is_simulated_as_ours_is() -> None:
+    """Two workers, five trials: who reaches the full resource and who does not, by the rules."""
+    stock, clock = Stock.make(line, max_t=3, reduction_factor=3), VirtualClock()
+    driver: Any = StockDriver(stock, trials=5, marks=(EPOCH, 2 * EPOCH, 3 * EPOCH))
+    values = (0.5, 0.3, 0.6, 0.52, 0.7)
+    furthest = {}
+
+    def curve(segment: Segment, mark: int) -> Outcome:
+        furthest[segment.number] = mark
+        return Outcome({METRIC: values[segment.number]})
+
+    Simulation(driver, curve, clock=clock, workers=2, pace=steady(EPOCH)).run()
+    assert furthest == {0: 3 * EPOCH, 1: EPOCH, 2: 3 * EPOCH, 3: EPOCH, 4: 3 * EPOCH}
+    assert {trial.status for trial in stock.trials} == {"TERMINATED"}
+    assert clock.now_s - 1.0 == pytest.approx(7.0)
+
+
 def test_rungs_are_lost_by_a_restore_of_the_one_and_rebuilt_by_the_other(
     folder: Path, ours: Callable[..., Ours]
 ) -> None:
@@ -136,16 +165,11 @@ def stock_passes(order: Sequence[int]) -> int:
     stock = Stock.make({}, max_t=16, reduction_factor=4)
     passed = 0
     for value in order:
-        trial = _Named(str(value))
+        trial = StockTrial(str(value), {})
         stock.scheduler.on_trial_add(None, trial)
         result = {ITERATION: 1, METRIC: float(value)}
         passed += stock.scheduler.on_trial_result(None, trial, result) == "CONTINUE"
     return passed
-
-
-class _Named:
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id = trial_id
 
 
 def our_passes(order: Sequence[int], *, promotes: bool) -> int:

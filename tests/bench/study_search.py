@@ -60,13 +60,14 @@ BUDGET = 10_000_000
 TRIALS = 2_000
 """More than any run comes to."""
 WITHIN = 0.01
+STOCK, RANDOM = "stock", "random, no stopping"
 OURS: dict[str, dict[str, Any]] = {
     "ours, stopping": {},
+    "ours, stopping, 3 brackets": {"brackets": 3},
     "ours, promoting": {"promote": True},
-    "random, no stopping": {"sampler": "random", "scheduler": "none"},
 }
-STOCK = "stock"
-ARMS = ("ours, stopping", "ours, promoting", STOCK, "random, no stopping")
+OPTIONS = {**OURS, RANDOM: {"sampler": "random", "scheduler": "none"}}
+ARMS = (*OURS, STOCK, RANDOM)
 
 
 def our_driver(folder: Path, clock: VirtualClock, seed: int, **options: Any) -> Driver:
@@ -156,7 +157,7 @@ def one_run(arm: str, family_name: str, seed: int) -> dict[str, Any]:
         inner: Any = (
             stock_driver(seed)
             if arm == STOCK
-            else our_driver(Path(folder), clock, seed, **OURS[arm])
+            else our_driver(Path(folder), clock, seed, **OPTIONS[arm])
         )
         driver = Watched(inner, family)
         simulation = Simulation(
@@ -218,7 +219,7 @@ def report(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> No
             print(f"| {family} | {arm} | {found} of {len(runs)} | {middle} | {trials:.0f} |")
     print("\n| family | compared | ratio of images, paired: median (95 %) | fewer images in |")
     print("|---|---|---|---|")
-    pairs = [(ours, STOCK) for ours in ARMS[:2]] + [(each, ARMS[3]) for each in ARMS[:3]]
+    pairs = [(ours, STOCK) for ours in OURS] + [(each, RANDOM) for each in (*OURS, STOCK)]
     for family in families:
         for ours, other in pairs:
             mine, theirs = (
