@@ -61,6 +61,7 @@ class SweepInfo(TypedDict):
     tracking_uri: str  # without user and password
     state: str  # running, finished or interrupted
     objective: str
+    also: tuple[str, ...]  # further objectives
     mode: str  # max or min
     total_images: int  # full resource of one trial
     train_images: int  # images an epoch
@@ -199,6 +200,7 @@ def _sweep_info(parent: Any, tracking_uri: str) -> SweepInfo:
         tracking_uri=tracking_uri,
         state=tags.get(TAG + "state", "interrupted"),
         objective=tags[TAG + "objective"],
+        also=tuple(json.loads(tags.get(TAG + "also", "[]"))),
         mode=tags[TAG + "mode"],
         total_images=int(tags[TAG + "total_images"]),
         train_images=int(tags[TAG + "train_images"]),
@@ -345,6 +347,9 @@ def _trials_frame(runs: Sequence[Any], info: SweepInfo, curves: pd.DataFrame) ->
         frame[column] = frame[column].astype("Int64")
     for column in ("start", "end"):
         frame[column] = pd.to_datetime(frame[column], utc=True)
+    frame["pareto"] = frame["pareto"].astype(bool)
+    for name in info["also"]:
+        frame[f"also.{name}"] = [run.data.metrics.get(name, math.nan) for run in runs]
     drawn = [_json_tag(run, "params", {}) for run in runs]
     names = dict.fromkeys(name for params in drawn for name in params)
     for name in sorted(names):

@@ -199,6 +199,29 @@ def trial_params(frames: SweepFrames, number: int) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+class ParetoRow(TypedDict):
+    """A trial that no other one beats in all objectives."""
+
+    number: int
+    values: list[float]
+    params: dict[str, Any]
+
+
+def pareto_rows(frames: SweepFrames) -> list[ParetoRow]:
+    """The Pareto set of a sweep of several objectives, best first in the first one; else empty."""
+    mode, also = frames.info["mode"], frames.info["also"]
+    front = frames.trials[frames.trials["pareto"]].sort_values("objective", ascending=mode == "min")
+    columns = ["objective", *(f"also.{name}" for name in also)]
+    return [
+        ParetoRow(
+            number=int(row["number"]),
+            values=[float(row[column]) for column in columns],
+            params=trial_params(frames, int(row["number"])),
+        )
+        for row in front.to_dict("records")
+    ]
+
+
 def default_number(frames: SweepFrames) -> int | None:
     """Number of the trial that ran the default configuration."""
     defaults = frames.trials.loc[frames.trials["is_default"], "number"]

@@ -147,7 +147,8 @@ def sweep(
     given = {field: value for field, value in locals().items() if field in SweepConfig.model_fields}
     fields = read_sweep_yaml(config) if config else {}
     fields |= {field: value for field, value in given.items() if value is not None}
-    fields["fixed"] = {**(fields.get("fixed") or {}), **parse_settings(settings)}
+    fixed = parse_sweep({"fixed": fields["fixed"]}).fixed if fields.get("fixed") else {}
+    fields["fixed"] = {**fixed, **parse_settings(settings)}
     if objective is not None:
         fields["objective"], *fields["also"] = objective.split(",")
     if points is not None:
@@ -252,9 +253,13 @@ def _forecast(config: SweepConfig, as_json: bool, download: bool, cache_dir: Pat
     from search.run import Sweep
 
     sweep = Sweep(
-        config, download=download, cache_dir=cache_dir, data_progress=DataProgress(err_console)
+        config,
+        download=download,
+        cache_dir=cache_dir,
+        data_progress=DataProgress(err_console),
+        on_note=lambda text: err_console.print(text, markup=False, soft_wrap=True),
     )
-    plan = sweep.plan()
+    plan, _ = sweep.plan()
     with contextlib.redirect_stdout(sys.stderr), ray_cluster(plan.config) as slots:
         count, gpus = slots(), gpus_per_trial(plan.config)
     found = forecast(plan, count, gpus_per_trial=gpus)

@@ -7,6 +7,7 @@ every later trial of the process then failed or hung, measured with torch 2.15. 
 a trial may exceed its limit until the operation that it is in has ended.
 
 Counted is anonymous memory in use: tensors, arrays, Python's objects, the touched part of stacks.
+What a process loads once, about 90 MiB with its first training, counts for its first trial.
 Not counted: files and memory shared between processes (the sweep's data set among them), what the
 GPU holds, and processes that the trial starts, such as those that decode images.
 """

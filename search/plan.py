@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 DRAWS = 32
 RARE_DRAWS = 1000
-"""Before a fixed field is called useless: one draw in 200 that reads it is found, 99 in 100."""
+"""Where a rare branch of the space matters: one draw in 200 is found, 99 times in 100."""
 SPACE_COPY = "space.py"
 MAY_CHANGE = (
     *("name", "out", "gpus_per_trial", "address", "keep_checkpoints", "memory_per_trial"),
@@ -104,8 +104,14 @@ def make_plan(
                 f"device is {each.device}, but Ray gives each trial its GPU; set device=cuda"
             )
         if config.address is None:  # nodes of a cluster may have what this one lacks
-            pick_device(each.device)
-    check_comparable(config.objectives, configurations)
+            device = pick_device(each.device)
+            if "peak_mem_bytes" in config.also and device.type != "cuda":
+                raise ValueError(
+                    "peak_mem_bytes is an objective on a GPU only: on a CPU it is the most that "
+                    "the worker ever took, for other trials, too"
+                )
+    rare = _rare(config, space) if set(config.objectives) & set(LABEL_FREE) else []
+    check_comparable(config.objectives, configurations + rare)
     if config.memory_per_trial is not None:
         check_memory_limit(config.memory_per_trial)
     if new:
@@ -207,12 +213,17 @@ def _check_fixed(config: SweepConfig, space: Space, drawn: list[TrainConfig]) ->
     try:
         check_read(config.fixed, drawn)
     except ValueError:  # a rare branch of the space may read it
-        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=config.seed))
-        rare = []
-        for _ in range(RARE_DRAWS):
-            with contextlib.suppress(Exception):  # which costs that trial, not the sweep
-                rare.append(_configuration(config, space, study.ask()))
-        check_read(config.fixed, drawn + rare)
+        check_read(config.fixed, drawn + _rare(config, space))
+
+
+def _rare(config: SweepConfig, space: Space) -> list[TrainConfig]:
+    """Configurations of so many draws that rare branches are among them."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=config.seed))
+    rare = []
+    for _ in range(RARE_DRAWS):
+        with contextlib.suppress(Exception):  # which costs that trial, not the sweep
+            rare.append(_configuration(config, space, study.ask()))
+    return rare
 
 
 class Draws(NamedTuple):

@@ -48,7 +48,7 @@ from search.uris import (
     without_credentials,
 )
 from search.user_files import copy_loss_files, sha256, to_json
-from search.warm_start import read_warm_start
+from search.warm_start import WarmStart, read_warm_start
 
 EMBEDDED = "embedded"
 
@@ -139,19 +139,7 @@ class Sweep:
 
     def run(self) -> SweepResult:
         """Start the sweep and see it through; a folder that exists is an error."""
-        check_tracking_uri(self.tracking_uri)
-        refuse_credentials(self.config.tracking_uri)
-        if self.dir.exists():
-            raise ValueError(
-                f"the sweep {self.dir} exists; go on with 'contrasweep resume {self.dir}' or "
-                "choose another --name"
-            )
-        plan = make_plan(self.config, **self._loading)
-        if self.config.objective == "rankme":
-            self._on_note("rankme ranks runs of one method only")
-        warm = read_warm_start([Path(each) for each in self.config.warm_start], plan)
-        for note in warm.notes:
-            self._on_note(note)
+        plan, warm = self.plan()
         with ray_cluster(self.config) as slots, self._writing(plan) as journal:
             journal.append(
                 "sweep_started",
@@ -177,9 +165,22 @@ class Sweep:
                 journal.append("warm_trial", **event)
             return self._drive(plan, journal, slots)
 
-    def plan(self) -> Plan:
-        """Space, data and marks, checked; nothing is started and nothing written."""
-        return make_plan(self.config, **self._loading)
+    def plan(self) -> tuple[Plan, WarmStart]:
+        """Space, data and marks, and what earlier sweeps teach, all checked; nothing is written."""
+        check_tracking_uri(self.tracking_uri)
+        refuse_credentials(self.config.tracking_uri)
+        if self.dir.exists():
+            raise ValueError(
+                f"the sweep {self.dir} exists; go on with 'contrasweep resume {self.dir}' or "
+                "choose another --name"
+            )
+        plan = make_plan(self.config, **self._loading)
+        if self.config.objective == "rankme":
+            self._on_note("rankme ranks runs of one method only")
+        warm = read_warm_start([Path(each) for each in self.config.warm_start], plan)
+        for note in warm.notes:
+            self._on_note(note)
+        return plan, warm
 
     def resume(self, trials: int = 0) -> SweepResult:
         """Go on where the journal ends, with `trials` more than were planned.

@@ -8,7 +8,7 @@ One parent run a sweep, one child run (`mlflow.parentRunId`) a trial, in the exp
 | parent | tags     | kind=sweep, sweep, sweep_id, state (running, finished, interrupted),      |
 |        |          | objective, mode, total_images, train_images, val_images, rungs, marks,    |
 |        |          | reduction, slots, space, sampler, scheduler, dataset, wall_s, cursor,     |
-|        |          | version.PACKAGE; mlflow.source.git.commit                                 |
+|        |          | also (JSON, further objectives), version.PACKAGE; mlflow.source.git.commit|
 | parent | params   | every field of `SweepConfig`                                              |
 | parent | metrics  | best_OBJECTIVE at step = images spent by the whole sweep                  |
 | parent | dataset  | name, digest, sizes of the splits                                         |
@@ -369,6 +369,7 @@ class Recorder:
             front = {each.number for each in self._state.pareto(config.objectives, config.modes)}
             for number, run_id in self._children.items():  # of an extended sweep some left it
                 client.set_tag(run_id, PREFIX + "pareto", str(number in front).lower())
+            client.set_tag(parent, PREFIX + "also", json.dumps(config.also))
         best = self._state.best(config.objective, config.mode)
         if best is None or best.checkpoint is None:
             return

@@ -37,6 +37,9 @@ class FakeTrial:
     is_default: bool = False
     decisions: dict[int, tuple[float, int, bool]] = field(default_factory=dict)
     start_s: float | None = None  # after the sweep's start; none: 100 s a trial
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Beside the objective, at each report."""
 
 
 RecordSweep = Callable[..., str]
@@ -161,6 +164,7 @@ def _record(
             about["default"] = "true"
         if trial.state == "pruned":
             about["rung"] = str(MARKS[len(trial.values) - 1])
+        about |= trial.tags
         about = {f"contrasweep.{key}": value for key, value in about.items()}
         run = client.create_run(
             where,
@@ -179,6 +183,7 @@ def _record(
                 "wall_s": step / IMAGES_PER_S,
                 "images_per_s": IMAGES_PER_S * 1.25,
             }
+            report |= trial.metrics
             if mark in trial.decisions:
                 cutoff, competitors, stop = trial.decisions[mark]
                 report |= {"rung_competitors": competitors, "rung_stop": float(stop)}

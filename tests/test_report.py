@@ -11,6 +11,8 @@ import pytest
 from analysis.load import load_sweep
 from analysis.plots import best_so_far_figure, learning_curves, parameter_figure, rung_figure
 from analysis.report import format_duration, format_value, write_report
+from analysis.stopping import rung_table, saving
+from analysis.tables import pareto_rows
 
 SECTIONS = (
     *("Leaderboard", "Progress", "Parameters", "Importance", "Early stopping"),
@@ -263,3 +265,57 @@ def test_numbers_for_the_eye():
     assert [format_duration(v) for v in (None, 3.21, 59, 61, 7_260, 200_000)] == [
         *("–", "3.2 s", "59 s", "1 min 1 s", "2 h 1 min", "2 d 7 h")
     ]
+
+
+def test_a_sweep_of_several_objectives_shows_its_pareto_set(
+    sweep_store, record_sweep, fake_trial, tmp_path
+):
+    trials = [
+        fake_trial(
+            number,
+            "completed",
+            {"lr": 1e-3},
+            [value] * 8,
+            tags={"pareto": str(on_front).lower()},
+            metrics={"speed": speed},
+        )
+        for number, value, speed, on_front in [
+            (0, 0.5, 900.0, False),
+            (1, 0.6, 1234.0, True),
+            (2, 0.9, 777.0, True),
+        ]
+    ]
+    record_sweep("pareto", trials, tags={"also": json.dumps(["speed"])})
+    frames = load_sweep(sweep_store, "pareto")
+    rows = pareto_rows(frames)
+    assert [(row["number"], row["values"]) for row in rows] == [(2, [0.9, 777]), (1, [0.6, 1234])]
+    text = " ".join(Markup(write_report(frames, tmp_path).read_text("utf-8")).text.split())
+    assert "Of these 2 completed trials none is beaten by another in all of knn_top1 and" in text
+    assert "1234" in text or "1,234" in text
+
+
+def test_audited_trials_are_told_beside_what_was_not_to_be_stopped(
+    sweep_store, record_sweep, fake_trial, tmp_path
+):
+    def trial(number, values, level, state="completed", **tags):
+        tags, rungs = {"stratum": level, **tags}, {1_000: (0.6, 3, state == "pruned")}
+        return fake_trial(number, state, {"lr": 1e-3}, values, decisions=rungs, tags=tags)
+
+    trials = [
+        trial(0, [0.5] * 8, "margin"),
+        trial(1, [0.7] * 8, "margin", audited="1000"),  # would have won its level
+        trial(2, [0.9] * 8, "nt_xent"),
+        trial(3, [0.8] * 8, "nt_xent", audited="1000"),
+        trial(4, [0.99] * 8, "byol", audited="1000"),  # alone in its level
+        trial(5, [0.3] * 2, "nt_xent", "pruned"),
+        trial(6, [0.3] * 1, "nt_xent", "pruned", rung=""),  # by a command
+    ]
+    record_sweep("audit", trials, tags={"stratify": "loss"})
+    frames = load_sweep(sweep_store, "audit")
+    saved = saving(frames)
+    assert (saved["audited"], saved["audited_compared"], saved["audited_above"]) == (3, 2, 1)
+    assert saved["stopped"] == 1
+    at_first = rung_table(frames).set_index("rung").loc[1000]
+    assert list(at_first[["arrived", "passed", "stopped", "audited"]]) == [6, 2, 1, 3]
+    text = " ".join(read(sweep_store, "audit", tmp_path).text.split())
+    assert "Of the 2 that completed beside trials which were not to be stopped, 1 ended" in text
