@@ -45,21 +45,23 @@ from typing import TYPE_CHECKING, Any
 
 from search.config import SweepConfig
 from search.journal import FILE_NAME, read_events_from
+from search.records import milliseconds, params_of, report_metrics
 from search.state import Event, SweepState, TrialState
 from search.uris import redacted
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "contrasweep"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow's page opens on runs and curves, not on traces of language models."""
 PREFIX = "contrasweep."
-BATCH_METRICS, BATCH_PARAMS, PARAM_CHARS, TAG_CHARS = 1000, 100, 6000, 5000
+BATCH_METRICS, BATCH_PARAMS, TAG_CHARS = 1000, 100, 5000
 """Limits of MLflow's log_batch."""
 POLL_S = 1.0
+DEFAULTS = {name: info.default for name, info in TrainConfig.model_fields.items()}
 STATUS = {"completed": "FINISHED", "pruned": "KILLED"}
 
 
@@ -76,6 +78,7 @@ class Recorder:
         self._state = SweepState()
         self._offset = 0
         self._parent: str | None = None
+        self._experiment_id = ""
         self._children: dict[int, str] = {}
         self._client: MlflowClient | None = None
         self._uploaded_to = 0
@@ -176,7 +179,7 @@ class Recorder:
         return str(client.create_experiment(EXPERIMENT, location, EXPERIMENT_TAGS))
 
     def _find_or_create_parent(self, client: MlflowClient) -> str:
-        experiment = self._experiment(client)
+        experiment = self._experiment_id = self._experiment(client)
         sweep_id = self._state.header["sweep_id"]
         self._children = {}
         parent, token = None, None
@@ -223,7 +226,7 @@ class Recorder:
         }  # fmt: skip
         run = client.create_run(
             experiment,
-            start_time=_milliseconds(header["time"]),
+            start_time=milliseconds(header["time"]),
             run_name=config["name"],
             tags={
                 **{PREFIX + key: str(value) for key, value in tags.items()},
@@ -239,16 +242,19 @@ class Recorder:
         if not new:
             return
         metrics: dict[int, list[Metric]] = defaultdict(list)
+        params: dict[int, list[Param]] = {}
         for event in new:
             number = int(event["number"]) if "number" in event else None
             if event["event"] == "sweep_started":
                 self._describe_sweep(client, parent)
             elif event["event"] == "suggested":
-                self._describe_trial(client, parent, self._state.trials[int(event["number"])])
+                trial = self._state.trials[int(event["number"])]
+                self._find_or_create_child(client, parent, trial)
+                params[trial.number] = params_of({**DEFAULTS, **trial.config})
             if number is not None:
-                metrics[number] += _report_metrics(event) if event["event"] == "report" else []
+                metrics[number] += report_metrics(event) if event["event"] == "report" else []
         for number, points in metrics.items():
-            self._upload_trial(client, self._state.trials[number], points)
+            self._upload_trial(client, self._state.trials[number], points, params.get(number, []))
         best = self._best_so_far(new)
         for start in range(0, len(best), BATCH_METRICS):
             client.log_batch(parent, metrics=best[start : start + BATCH_METRICS])
@@ -262,7 +268,7 @@ class Recorder:
         if ended is not None:
             self._upload_ending(client, parent)
             status = "FINISHED" if ended["state"] == "finished" else "KILLED"
-            client.set_terminated(parent, status, end_time=_milliseconds(ended["time"]))
+            client.set_terminated(parent, status, end_time=milliseconds(ended["time"]))
         elif any(event["event"] == "resumed" for event in new):
             client.update_run(parent, status="RUNNING")
         # Last of all: a kill before the cursor is set repeats the upload, one after it skips it.
@@ -287,14 +293,15 @@ class Recorder:
         )
         client.log_artifact(parent, str(self._dir / "sweep.yaml"))
 
-    def _describe_trial(self, client: MlflowClient, parent: str, trial: TrialState) -> None:
+    def _find_or_create_child(self, client: MlflowClient, parent: str, trial: TrialState) -> None:
         if trial.number not in self._children:
             self._check_not_given_up()
             self._children[trial.number] = self._create_child(client, parent, trial)
-        defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
-        _log_params(client, self._children[trial.number], {**defaults, **trial.config})
 
-    def _upload_trial(self, client: MlflowClient, trial: TrialState, metrics: list[Metric]) -> None:
+    def _upload_trial(
+        self, client: MlflowClient, trial: TrialState, metrics: list[Metric], params: list[Param]
+    ) -> None:
+        """Metrics, tags and, of a new trial, its parameters in as few requests as there can be."""
         from mlflow.entities import RunTag
 
         run_id = self._children[trial.number]
@@ -306,19 +313,21 @@ class Recorder:
             tags["rung"] = str(trial.stopped_at)
         if trial.audited_at is not None:
             tags["audited"] = str(trial.audited_at)
+        for start in range(BATCH_PARAMS, len(params), BATCH_PARAMS):
+            client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
         for start in range(0, max(1, len(metrics)), BATCH_METRICS):
             client.log_batch(
                 run_id,
                 metrics=metrics[start : start + BATCH_METRICS],
+                params=params[:BATCH_PARAMS] if start == 0 else [],
                 tags=[RunTag(PREFIX + key, str(value)) for key, value in tags.items()],
             )
         if trial.state:
             assert trial.finished_at is not None
             status = STATUS.get(trial.state, "FAILED")
-            client.set_terminated(run_id, status, end_time=_milliseconds(trial.finished_at))
+            client.set_terminated(run_id, status, end_time=milliseconds(trial.finished_at))
 
     def _create_child(self, client: MlflowClient, parent: str, trial: TrialState) -> str:
-        experiment = client.get_run(parent).info.experiment_id
         tags = {
             "kind": "trial",
             "sweep_id": self._state.header["sweep_id"],
@@ -332,8 +341,8 @@ class Recorder:
             **({"default": "true"} if trial.is_default else {}),
         }
         run = client.create_run(
-            experiment,
-            start_time=_milliseconds(trial.suggested_at),
+            self._experiment_id,
+            start_time=milliseconds(trial.suggested_at),
             run_name=f"trial {trial.number}",
             tags={
                 **{PREFIX + key: str(value) for key, value in tags.items()},
@@ -348,18 +357,20 @@ class Recorder:
 
         objective = self._state.header["config"]["objective"]
         better = max if self._state.header["mode"] == "max" else min
-        seen: dict[int, int] = {}
+        seen: dict[int, int] = defaultdict(int)
+        images = 0
         best, points = None, []
         keys = {(e["number"], e["mark"]) for e in new if e["event"] == "report"}
         for report in self._state.reports:
+            images += report["samples_seen"] - seen[report["number"]]
             seen[report["number"]] = report["samples_seen"]
             value = report["metrics"].get(objective)
             if value is None:
                 continue
             best = value if best is None else better(best, value)
             if (report["number"], report["mark"]) in keys:
-                at = _milliseconds(report["time"])
-                points.append(Metric(f"best_{objective}", best, at, sum(seen.values())))
+                at = milliseconds(report["time"])
+                points.append(Metric(f"best_{objective}", best, at, images))
         return points
 
     def _upload_ending(self, client: MlflowClient, parent: str) -> None:
@@ -378,29 +389,7 @@ class Recorder:
             client.log_artifact(parent, str(file), "best")
 
 
-def _report_metrics(event: Event) -> list[Metric]:
-    from mlflow.entities import Metric
-
-    figures: dict[str, Any] = {"mark": event["mark"], **event["metrics"]}
-    decision: Mapping[str, Any] = event["decision"]
-    if decision["rung"] is not None:
-        figures["rung_competitors"] = decision["competitors"]
-        figures["rung_stop"] = int(decision["stop"])
-        figures["rung_pause"] = int(decision.get("pause", False))
-        figures["rung_cutoff"] = decision["cutoff"]
-    at, step = _milliseconds(event["time"]), int(event["samples_seen"])
-    return [
-        Metric(name, float(value), at, step) for name, value in figures.items() if value is not None
-    ]
-
-
 def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    params = [Param(key, str(value)[:PARAM_CHARS]) for key, value in values.items()]
+    params = params_of(values)
     for start in range(0, len(params), BATCH_PARAMS):
         client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
-
-
-def _milliseconds(seconds: float) -> int:
-    return round(seconds * 1000)

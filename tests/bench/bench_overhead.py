@@ -68,7 +68,7 @@ def run_sweep(kind: str, trials: int, folder: Path) -> dict[str, Any]:
         def stop(self, timeout_s: float = 30.0) -> str | None:
             return super().stop(min(timeout_s, 1.0))  # what it lacks by then is known: a lot
 
-    search.run.Recorder = {"on": Watched, "off": Off, "slow": Slow}[kind]  # type: ignore[misc]
+    search.run.Recorder = {"on": Watched, "off": Off, "slow": Slow}[kind]
     config = SweepConfig(
         name=NAME, out=str(folder), trials=trials, epochs=0.2, grace=0.1, report_every=0.1,
         train_limit=200, val_limit=50,
