@@ -15,6 +15,7 @@ PARAM_CHARS = 6000
 
 
 def report_metrics(event: Event) -> list[Metric]:
+    """All figures of a `report` event, and at a rung those of its decision."""
     from mlflow.entities import Metric
 
     figures: dict[str, Any] = {"mark": event["mark"], **event["metrics"]}
@@ -31,10 +32,12 @@ def report_metrics(event: Event) -> list[Metric]:
 
 
 def params_of(values: Mapping[str, Any]) -> list[Param]:
+    """Values as text, cut to what MLflow takes."""
     from mlflow.entities import Param
 
     return [Param(key, str(value)[:PARAM_CHARS]) for key, value in values.items()]
 
 
 def milliseconds(seconds: float) -> int:
+    """MLflow's times."""
     return round(seconds * 1000)
