@@ -21,7 +21,7 @@ from analysis.load import FAILED_STATES, STATES, SweepFrames, SweepInfo
 
 LEADERBOARD_COLUMNS = (
     *("rank", "number", "state", "is_default", "objective", "best_objective"),
-    *("samples_seen", "epochs", "wall_s"),
+    *("samples_seen", "epochs", "wall_s", "audited"),
 )
 
 Axis = Literal["time", "images"]

@@ -51,9 +51,12 @@ class Brackets:
         """Decide on trial `number` having reached `mark` images with `value`."""
         return self._of[number].report(number, mark, value)
 
-    def among(self, number: int, others: Collection[int]) -> bool:
-        """Whether trial `number` competes with any of the others."""
-        return any(self._of[other] is self._of[number] for other in others)
+    def settled(self, trials: Collection[int], competing: Collection[int]) -> list[int]:
+        """Those of `trials` in whose competition none of `competing` is."""
+        busy = {id(self._of[number]) for number in competing}
+        if len(busy) == len(self._rules):
+            return []
+        return [number for number in trials if id(self._of[number]) not in busy]
 
     def next_promotion(self, *, last_without: Collection[int] | None = None) -> Promotion | None:
         """A trial that waits and may go on; see `Asha.next_promotion`.

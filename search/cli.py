@@ -192,6 +192,7 @@ def status(directory: SweepDir, as_json: Json = False) -> None:
         "name": state.header["config"]["name"],
         "dir": str(directory),
         "state": "running" if is_running(directory) else ended,
+        "reason": state.ended["reason"] if state.ended else state.budget_spent or "",
         "planned": state.planned,
         "trials": state.counts(),
         "unfinished": [

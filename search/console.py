@@ -75,7 +75,7 @@ def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
         )
     for row in rows[:LEADERS]:
         table.add_row(
-            f"{row['number']}{'*' if row['is_default'] else ''}",
+            f"{row['number']}{'*' if row['is_default'] else ''}{'†' if row['audited'] else ''}",
             row["state"],
             _short(row["objective"], 4),
             _short(row["epochs"], 3),
@@ -86,6 +86,8 @@ def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
         out_console.print(f"and {len(rows) - LEADERS} more in leaderboard.csv", style="dim")
     if any(row["is_default"] for row in rows[:LEADERS]):
         out_console.print("* the default configuration", style="dim")
+    if any(row["audited"] for row in rows[:LEADERS]):
+        out_console.print("† would have been stopped, and ran on as an audit", style="dim")
 
 
 def _in_a_cell_each(params: dict[str, Any]) -> list[str]:
@@ -126,6 +128,8 @@ def print_status(answer: dict[str, Any]) -> None:
     if answer["best"]:
         best = answer["best"]
         out_console.print(f"best: trial {best['trial']}, {answer['objective']} {best['value']:.4f}")
+    if answer["reason"]:
+        out_console.print(answer["reason"], markup=False, soft_wrap=True)
     if answer["state"] == "interrupted":
         out_console.print(f"go on with: contrasweep resume {answer['dir']}", soft_wrap=True)
 

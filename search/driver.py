@@ -198,10 +198,11 @@ class Driver:
             promoted = self._promote(last_without=competing)
             if promoted is not None:
                 return promoted
-            for trial in state.unfinished():
-                if trial.number in self.in_flight or self.scheduler.among(trial.number, competing):
+            for number in self.scheduler.settled(state.open, competing):
+                if number in self.in_flight:
                     continue
-                if self._audits(trial.number):
+                trial = state.trials[number]
+                if self._audits(number):
                     segment = self._issue(trial, "audited")
                     self._told_at_audit(trial)
                     return segment

@@ -114,8 +114,9 @@ def grid(space: Space, per_range: int, limit: int) -> list[Point]:
         size = limit + beyond
         counted = f"{size:,}" if next(combinations, None) is None else f"more than {size:,}"
         raise ValueError(
-            f"the grid has {counted} combinations, but {limit:,} trials are to be tried; raise "
-            "--trials or lower --grid-points"
+            f"the grid has {counted} combinations, but {limit:,} trials are left for it beside the "
+            "default configuration and given points; raise --trials, lower --grid-points, or "
+            "use --no-default-trial"
         )
     return points
 

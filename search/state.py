@@ -297,6 +297,7 @@ def _on_checkpoint(state: SweepState, event: Event) -> None:
     trial = state.trials[int(event["number"])]
     trial.checkpoint = str(event["path"])
     trial.checkpoint_mark = int(event["mark"])
+    _count(state, trial, event, 0)
 
 
 def _on_checkpoint_dropped(state: SweepState, event: Event) -> None:

@@ -1,7 +1,7 @@
 """What Optuna is told: by Tune's OptunaSearch as it comes, and by our study.
 
 Each test shows both, so it tells when Ray or Optuna changes. How long a suggestion takes is
-measured in tests/bench/study_search.py; here stands only that one of ours copies no history.
+measured in tests/bench/bench_suggest.py; here stands only that one of ours copies no history.
 """
 
 import json

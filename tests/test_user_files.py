@@ -81,7 +81,8 @@ def test_a_sweep_with_own_losses_goes_on_from_its_copies(tmp_path: Path) -> None
     refs = [loss_at(tmp_path / "a.py"), loss_at(tmp_path / "b.py", "push", 2.0)]
     space = tmp_path / "my_space.py"
     space.write_text(
-        f"def space(trial):\n    return {{'loss': trial.suggest_categorical('loss', {refs!r})}}\n"
+        "def space(trial):\n    lr = trial.suggest_float('lr', 1e-4, 1e-2, log=True)\n"
+        f"    return {{'lr': lr, 'loss': trial.suggest_categorical('loss', {refs!r})}}\n"
     )
     plan = small(tmp_path, space=f"{space}:space", sampler="random", trials=4, seed=1)
     result = Sweep(plan).run()
