@@ -41,10 +41,12 @@ from analysis.tables import (
     is_accuracy,
     leaderboard,
     leaderboard_rows,
+    level_rows,
     pareto_rows,
     standard_error,
     summarise,
     trial_params,
+    trial_row,
 )
 
 TEMPLATE = "report.html.j2"
@@ -173,6 +175,8 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
         "info": info,
         "summary": summary,
         "standing": standing,
+        "winner_is_default": standing is not None
+        and bool(trial_row(frames, standing["number"])["is_default"]),
         "winner_word": "winner" if info["state"] == "finished" else "winner so far",
         "gain_is_noise": _within_noise(summary["gain"], standing, info["val_images"]),
         "accuracy": is_accuracy(info["objective"]),
@@ -185,6 +189,7 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
         "parameters": frames.parameters,
         "rows": rows[:MAX_ROWS],
         "pareto": pareto_rows(frames),
+        "levels": level_rows(frames),
         "hidden_rows": max(0, len(rows) - MAX_ROWS),
         "failed": failed[["number", "state", "reason", "samples_seen"]].to_dict("records"),
         "saving": saving(frames),

@@ -199,6 +199,41 @@ def trial_params(frames: SweepFrames, number: int) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+class LevelRow(TypedDict):
+    """One level of the choice that a sweep was stratified by."""
+
+    level: str
+    trials: int
+    completed: int
+    images: int
+    first: float | None  # objective of its first trial, the level's default configuration
+    best: float | None  # of its completed trials
+    best_number: int | None
+
+
+def level_rows(frames: SweepFrames) -> list[LevelRow]:
+    """The levels of a stratified sweep, the one with the best completed trial first."""
+    trials, higher = frames.trials, frames.info["mode"] == "max"
+    rows = []
+    for level, group in trials[trials["stratum"] != ""].groupby("stratum"):
+        done = group[(group["state"] == "completed") & group["objective"].notna()]
+        first = group.sort_values("number").iloc[0]
+        ranked = done.sort_values("objective", ascending=not higher)
+        rows.append(
+            LevelRow(
+                level=str(level),
+                trials=len(group),
+                completed=len(done),
+                images=int(group["samples_seen"].sum()),
+                first=plain(first["objective"]) if first["state"] == "completed" else None,
+                best=None if ranked.empty else float(ranked["objective"].iloc[0]),
+                best_number=None if ranked.empty else int(ranked["number"].iloc[0]),
+            )
+        )
+    sign = -1.0 if higher else 1.0
+    return sorted(rows, key=lambda row: math.inf if row["best"] is None else sign * row["best"])
+
+
 class ParetoRow(TypedDict):
     """A trial that no other one beats in all objectives."""
 

@@ -90,7 +90,7 @@ class Proposals:
                 **event,
                 "failure": failure,
                 "config": fields,
-                "default": source == "default" and stratum == self._default_stratum,
+                "default": source == "default",
                 "source": source,
                 "stratum": stratum,
                 "bracket": bracket_of(self._config, rungs, number),

@@ -95,6 +95,8 @@ def read_warm_start(folders: Sequence[Path], plan: Plan) -> WarmStart:
     notes = []
     read: dict[str, Path] = {}
     for folder in (each.expanduser().resolve() for each in folders):
+        if not (folder / FILE_NAME).is_file():
+            raise ValueError(f"{folder} is not a sweep's folder: it has no {FILE_NAME}")
         state = load_state(folder / FILE_NAME)
         sweep_id = str(state.header["sweep_id"])
         if sweep_id in read:

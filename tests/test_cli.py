@@ -156,7 +156,7 @@ def test_a_leaderboard_of_many_parameters_fits_a_terminal(
     def told(width: int) -> str:
         file = io.StringIO()
         monkeypatch.setattr(console, "out_console", Console(width=width, file=file))
-        row: dict[str, Any] = {"number": 3, "state": "pruned", "is_default": False}
+        row: dict[str, Any] = {"number": 3, "state": "pruned", "is_default": False, "audited": None}
         row |= {"objective": 0.5, "epochs": 2.0, "loss": "align_uniform", "margin": None}
         row |= {f"parameter{number}": number for number in range(8)}
         console.print_leaderboard([row], "knn_top1")

@@ -12,7 +12,7 @@ from analysis.load import load_sweep
 from analysis.plots import best_so_far_figure, learning_curves, parameter_figure, rung_figure
 from analysis.report import format_duration, format_value, write_report
 from analysis.stopping import rung_table, saving
-from analysis.tables import pareto_rows
+from analysis.tables import level_rows, pareto_rows
 
 SECTIONS = (
     *("Leaderboard", "Progress", "Parameters", "Importance", "Early stopping"),
@@ -317,5 +317,8 @@ def test_audited_trials_are_told_beside_what_was_not_to_be_stopped(
     assert saved["stopped"] == 1
     at_first = rung_table(frames).set_index("rung").loc[1000]
     assert list(at_first[["arrived", "passed", "stopped", "audited"]]) == [6, 2, 1, 3]
+    levels = [(r["level"], r["trials"], r["best"], r["best_number"]) for r in level_rows(frames)]
+    assert levels == [("byol", 1, 0.99, 4), ("nt_xent", 4, 0.9, 2), ("margin", 2, 0.7, 1)]
+    assert [row["first"] for row in level_rows(frames)] == [0.99, 0.9, 0.5]
     text = " ".join(read(sweep_store, "audit", tmp_path).text.split())
     assert "Of the 2 that completed beside trials which were not to be stopped, 1 ended" in text

@@ -123,7 +123,7 @@ def test_the_first_trial_of_each_level_is_its_default(
     assert {trial.params[field] for trial in first} == set(levels)
     assert {trial.source for trial in first} == {"default"}
     assert {trial.source for trial in trials[len(levels) :]} == {"sampler"}
-    assert [trial.number for trial in trials if trial.is_default] == [0]
+    assert [trial for trial in trials if trial.is_default] == first
     assert first[0].params[field] == levels[-1]  # as in the default configuration
     for trial in first:
         own = {"momentum": 0.9} if trial.params[field] == levels[0] else {"lr": 1e-3}

@@ -84,7 +84,7 @@ def test_a_sweep_with_own_losses_goes_on_from_its_copies(tmp_path: Path) -> None
         "def space(trial):\n    lr = trial.suggest_float('lr', 1e-4, 1e-2, log=True)\n"
         f"    return {{'lr': lr, 'loss': trial.suggest_categorical('loss', {refs!r})}}\n"
     )
-    plan = small(tmp_path, space=f"{space}:space", sampler="random", trials=4, seed=1)
+    plan = small(tmp_path, space=f"{space}:space", sampler="random", trials=4, seed=3)
     result = Sweep(plan).run()
     assert result.trials == {"completed": 4}
     state = load_state(result.dir / "events.jsonl")
