@@ -213,7 +213,7 @@ class Driver:
         proposal = self.proposals.next(number)
         if proposal is None:
             return None
-        self.journal.append("suggested", number=number, **proposal.event)
+        self.journal.append("suggested", number=number, **proposal)
         trial = self.journal.state.trials[number]
         self.scheduler.assign(number, trial.stratum, trial.bracket)
         if trial.failure is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from search.brackets import bracket_of
@@ -22,13 +22,6 @@ from search.strata import Strata, StratifiedStudy, counts_of
 from search.study import Study, WarmTrial
 from spaces import Space, default_params, with_fixed
 from trainer.config import parse_config
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A new trial: the fields of its `suggested` event."""
-
-    event: dict[str, Any]
 
 
 class Proposals:
@@ -60,8 +53,8 @@ class Proposals:
         self.study = StratifiedStudy(space, strata, self._make_study)
         self.study.restore(trials, [WarmTrial.from_event(event) for event in state.warm])
 
-    def next(self, number: int) -> Proposal | None:
-        """What trial `number` is made of; None: nothing new is left, see `exhausted`."""
+    def next(self, number: int) -> dict[str, Any] | None:
+        """The fields of trial `number`'s `suggested` event; None: nothing new, see `exhausted`."""
         source, stratum, point = self._choose(number)
         if source == "grid" and point is None:
             self.exhausted = f"all {len(self._grid)} points of the grid were tried"
@@ -85,17 +78,15 @@ class Proposals:
         event = asdict(suggestion)
         del event["fields"]
         rungs = self._state.header["rungs"]
-        return Proposal(
-            {
-                **event,
-                "failure": failure,
-                "config": fields,
-                "default": source == "default",
-                "source": source,
-                "stratum": stratum,
-                "bracket": bracket_of(self._config, rungs, number),
-            }
-        )
+        return {
+            **event,
+            "failure": failure,
+            "config": fields,
+            "default": source == "default",
+            "source": source,
+            "stratum": stratum,
+            "bracket": bracket_of(self._config, rungs, number),
+        }
 
     def refusal(self, params: Any) -> str | None:
         """Why a user cannot enqueue these parameters; None: they can."""

@@ -26,7 +26,7 @@ from search.asha import score_of
 from search.brackets import bracket_of, make_brackets, plan_rungs
 from search.config import SweepConfig, parse_sweep
 from search.driver import Driver, Segment
-from search.proposals import Proposal, Proposals
+from search.proposals import Proposals
 from search.seeds import derived_seed
 from search.simulate import (
     Outcome,
@@ -261,19 +261,17 @@ class RecordedProposals:
         self.exhausted: str | None = None
         self.study = RecordedStudy()
 
-    def next(self, number: int) -> Proposal:
+    def next(self, number: int) -> dict[str, Any]:
         """Trial `number`: the next in order, in its own stratum and a drawn bracket."""
         nothing: dict[str, Any] = {key: {} for key in ("params", "distributions", "system_attrs")}
         bracket = bracket_of(self._config, self._rungs, number)
-        return Proposal(
-            {
-                **nothing,
-                "config": {},
-                "default": False,
-                "bracket": bracket,
-                "stratum": self._order[number].stratum,
-            }
-        )
+        return {
+            **nothing,
+            "config": {},
+            "default": False,
+            "bracket": bracket,
+            "stratum": self._order[number].stratum,
+        }
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FixedTrial
 
+from search.config import OWN_OPTIONS
 from search.journal import FILE_NAME, load_state
 from search.provenance import describe_data
 from search.state import Event, SweepState, TrialState
@@ -42,21 +43,13 @@ LEARNERS = ("tpe", "gp")
 LEARNED_FROM = ("completed", "pruned", "diverged", "oom")
 NOT_COMPARED = frozenset(
     {
+        *OWN_OPTIONS,
         "seed",
-        "epochs",
-        "report_every",
         "linear_probe",
         "val_loss",
         "device",
         "threads",
         "loader_workers",
-        "dataset",
-        "labelled",
-        "data_dir",
-        "in_memory",
-        "train_limit",
-        "val_limit",
-        "test_limit",
         "split_seed",
     }
 )
