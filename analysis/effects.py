@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.load import FAILED_STATES, UNFINISHED, SweepFrames
+from analysis.load import BY_COMMAND, FAILED_STATES, UNFINISHED, SweepFrames
 from analysis.tables import trial_params
 
 if TYPE_CHECKING:
@@ -49,36 +49,36 @@ class Importance:
 
 
 def parameter_frame(frames: SweepFrames) -> pd.DataFrame:
-    """Tidy: `number`, `state`, `parameter`, `setting`, `objective` (last value), `mark`.
+    """Tidy: `number`, `ending`, `parameter`, `setting`, `objective` (last value), `mark`.
 
     One row a trial and drawn parameter; trials without a value are left out.
     """
     names = [f"param.{name}" for name in frames.parameters]
     trials = frames.trials[frames.trials["objective"].notna()]
-    wide = trials[["number", "state", "objective", "mark", *names]].astype(
+    wide = trials[["number", "ending", "objective", "mark", *names]].astype(
         dict.fromkeys(names, "object")
     )
     tidy = wide.melt(
-        id_vars=["number", "state", "objective", "mark"],
+        id_vars=["number", "ending", "objective", "mark"],
         value_vars=names,
         var_name="parameter",
         value_name="setting",
     )
     tidy["parameter"] = tidy["parameter"].str.removeprefix("param.")
     tidy = tidy[tidy["setting"].notna()]
-    columns = ["number", "state", "parameter", "setting", "objective", "mark"]
+    columns = ["number", "ending", "parameter", "setting", "objective", "mark"]
     return tidy[columns].reset_index(drop=True)
 
 
 def shared_mark(frames: SweepFrames) -> tuple[int, pd.Series[Any]]:
-    """The furthest mark that every ended, not failed trial reached, and the values there.
+    """The furthest mark that every completed or early stopped trial reached, and the values there.
 
-    The series maps trial number to objective and holds unfinished trials that got that far.
-    (0, empty) while no trial has ended.
+    The series maps trial number to objective; it holds those that are unfinished, or that a
+    command stopped, if they got that far. (0, empty) while no trial has ended.
     """
     trials = frames.trials
     usable = trials[~trials["state"].isin(FAILED_STATES) & trials["objective"].notna()]
-    ended = usable[usable["state"] != UNFINISHED]
+    ended = usable[~usable["ending"].isin((UNFINISHED, BY_COMMAND))]
     if ended.empty:
         return 0, pd.Series(dtype="float64")
     mark = int(ended["mark"].min())

@@ -30,14 +30,20 @@ UNFINISHED = "unfinished"
 """State of a trial without a final state: it runs, or its sweep was interrupted."""
 
 FAILED_STATES = ("diverged", "oom", "error", "lost")
-STATES = ("completed", "pruned", UNFINISHED, *FAILED_STATES)
+
+BY_COMMAND = "by_command"
+COMMAND_REASON = "stopped by command"
+"""The recorded reason of a trial in the state `pruned` that the user stopped, not the scheduler."""
+
+ENDINGS = ("completed", "pruned", BY_COMMAND, UNFINISHED, *FAILED_STATES)
+"""How a trial ended: its state, or BY_COMMAND."""
 
 RUNG_METRICS = ("rung_cutoff", "rung_competitors", "rung_stop", "rung_pause")
 
 TRIAL_COLUMNS = (
-    *("number", "state", "reason", "is_default", "objective", "best_objective"),
+    *("number", "state", "ending", "reason", "is_default", "objective", "best_objective"),
     *("samples_seen", "mark", "wall_s", "images_per_s", "start", "end"),
-    *("node", "seed", "rung", "audited", "stratum", "pareto", "run_id"),
+    *("node", "seed", "rung", "audited", "bracket", "stratum", "pareto", "run_id"),
 )
 CURVE_COLUMNS = ("number", "metric", "samples_seen", "mark", "value", "time")
 DECISION_COLUMNS = (
@@ -62,6 +68,8 @@ class SweepInfo(TypedDict):
     state: str  # running, finished or interrupted
     objective: str
     also: tuple[str, ...]  # further objectives
+    also_modes: tuple[str, ...]  # max or min of each, empty where it was not recorded
+    warm_start: dict[str, int]  # earlier sweep -> number of its trials taken over
     mode: str  # max or min
     total_images: int  # full resource of one trial
     train_images: int  # images an epoch
@@ -87,8 +95,9 @@ class SweepFrames:
     """One sweep.
 
     `trials`: one row a trial, TRIAL_COLUMNS and one column `param.NAME` for each searched
-    parameter (missing where a conditional parameter was not drawn). `objective` is the last
-    value reported, `rung` the images of the rung where a pruned trial was stopped.
+    parameter (missing where a conditional parameter was not drawn), and `also.NAME` for each
+    further objective. `ending` is one of ENDINGS, `objective` the last value reported, `rung` the
+    images of the rung where the scheduler stopped the trial.
     `curves`: one row a trial, metric and report, CURVE_COLUMNS, in order of time.
     `decisions`: one row a trial and rung reached, DECISION_COLUMNS.
     """
@@ -200,7 +209,9 @@ def _sweep_info(parent: Any, tracking_uri: str) -> SweepInfo:
         tracking_uri=tracking_uri,
         state=tags.get(TAG + "state", "interrupted"),
         objective=tags[TAG + "objective"],
-        also=tuple(json.loads(tags.get(TAG + "also", "[]"))),
+        also=tuple(_json_tag(parent, "also", [])),
+        also_modes=tuple(_json_tag(parent, "also_modes", [])),
+        warm_start=_json_tag(parent, "warm_start", {}),
         mode=tags[TAG + "mode"],
         total_images=int(tags[TAG + "total_images"]),
         train_images=int(tags[TAG + "train_images"]),
@@ -315,13 +326,16 @@ def _trials_frame(runs: Sequence[Any], info: SweepInfo, curves: pd.DataFrame) ->
     for run in runs:
         tags, metrics = run.data.tags, run.data.metrics
         number = int(tags[TAG + "number"])
+        state, reason = tags.get(TAG + "state", UNFINISHED), tags.get(TAG + "reason", "")
+        by_command = state == "pruned" and reason == COMMAND_REASON
         start, end = _timestamp(run.info.start_time), _timestamp(run.info.end_time)
         reached = last.get(number, {"value": math.nan, "samples_seen": 0, "mark": 0})
         rows.append(
             {
                 "number": number,
-                "state": tags.get(TAG + "state", UNFINISHED),
-                "reason": tags.get(TAG + "reason", ""),
+                "state": state,
+                "ending": BY_COMMAND if by_command else state,
+                "reason": reason,
                 "is_default": tags.get(TAG + "default") == "true",
                 "objective": float(reached["value"]),
                 "best_objective": float(best.get(number, math.nan)),
@@ -337,19 +351,20 @@ def _trials_frame(runs: Sequence[Any], info: SweepInfo, curves: pd.DataFrame) ->
                 "seed": tags.get(TAG + "seed", ""),
                 "rung": _whole(_number_tag(tags, "rung")),
                 "audited": _whole(_number_tag(tags, "audited")),
+                "bracket": _whole(_number_tag(tags, "bracket")),
                 "stratum": tags.get(TAG + "stratum", ""),
                 "pareto": tags.get(TAG + "pareto") == "true",
                 "run_id": run.info.run_id,
             }
         )
     frame = pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
-    for column in ("rung", "audited"):
+    for column in ("rung", "audited", "bracket"):
         frame[column] = frame[column].astype("Int64")
     for column in ("start", "end"):
         frame[column] = pd.to_datetime(frame[column], utc=True)
     frame["pareto"] = frame["pareto"].astype(bool)
     for name in info["also"]:
-        frame[f"also.{name}"] = [run.data.metrics.get(name, math.nan) for run in runs]
+        frame[f"also.{name}"] = [_unclipped(run.data.metrics.get(name, math.nan)) for run in runs]
     drawn = [_json_tag(run, "params", {}) for run in runs]
     names = dict.fromkeys(name for params in drawn for name in params)
     for name in sorted(names):

@@ -14,17 +14,19 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.effects import Importance, is_categorical, is_log, parameter_frame
-from analysis.load import FAILED_STATES, UNFINISHED, SweepFrames
+from analysis.load import SweepFrames
 from analysis.stopping import rung_table
 from analysis.style import (
     BLUE,
+    DRAWN_ORDER,
+    ENDING_STYLE,
     GREY,
     ORANGE,
     SERIES_COLOURS,
-    STATE_STYLE,
     WINNER_COLOUR,
     finish,
     finite,
+    group_of,
     log_ticks,
     objective_title,
     robust_range,
@@ -100,14 +102,14 @@ def learning_curves(frames: SweepFrames, metric: str | None = None) -> go.Figure
     trials = frames.trials.set_index("number")
     winner = summarise(frames)["winner"]
     won = winner["number"] if winner else None
-    groups: dict[str, list[int]] = {group: [] for group in STATE_STYLE}
-    for number, state in trials["state"].items():
+    groups: dict[str, list[int]] = {group: [] for group in ENDING_STYLE}
+    for number, ending in trials["ending"].items():
         if number != won and number in set(curves["number"]):
-            groups[_group(str(state))].append(int(str(number)))
+            groups[group_of(str(ending))].append(int(str(number)))
     figure = go.Figure()
-    for group in (UNFINISHED, "failed", "pruned", "completed"):
+    for group in DRAWN_ORDER:
         if groups[group]:
-            label, colour, symbol = STATE_STYLE[group]
+            label, colour, symbol = ENDING_STYLE[group]
             count = len(groups[group])
             _add_curves(figure, curves, groups[group], f"{label} ({count})", colour, symbol, 1.3)
     if won is not None:
@@ -128,7 +130,7 @@ def learning_curves(frames: SweepFrames, metric: str | None = None) -> go.Figure
 
 
 def parameter_figure(frames: SweepFrames, parameter: str) -> go.Figure:
-    """Last objective of each trial against one parameter, by state; log axis where searched so.
+    """Last objective of each trial against one parameter, by ending; log axis where searched so.
 
     ValueError for a parameter that was not searched.
     """
@@ -143,8 +145,8 @@ def parameter_figure(frames: SweepFrames, parameter: str) -> go.Figure:
     winner = summarise(frames)["winner"]
     won = winner["number"] if winner else None
     figure = go.Figure()
-    for group in (UNFINISHED, "failed", "pruned", "completed"):
-        rows = table[[_group(state) == group for state in table["state"]]]
+    for group in DRAWN_ORDER:
+        rows = table[[group_of(ending) == group for ending in table["ending"]]]
         rows = rows[rows["number"] != won]
         _add_points(figure, rows, group, order)
     _add_points(figure, table[table["number"] == won], "winner", order)
@@ -238,10 +240,6 @@ def rung_figure(frames: SweepFrames) -> go.Figure:
     return figure.update_layout(barmode="stack", bargap=0.5, legend={"traceorder": "normal"})
 
 
-def _group(state: str) -> str:
-    return "failed" if state in FAILED_STATES else state if state in STATE_STYLE else UNFINISHED
-
-
 def _default_line(figure: go.Figure, frames: SweepFrames) -> None:
     """The default configuration's value, where it reached its full resource."""
     default = default_number(frames)
@@ -309,7 +307,7 @@ def _add_curves(
 def _add_points(
     figure: go.Figure, rows: pd.DataFrame, group: str, order: dict[str, int] | None
 ) -> None:
-    label, colour, symbol = STATE_STYLE.get(group, ("winner", WINNER_COLOUR, "star"))
+    label, colour, symbol = ENDING_STYLE.get(group, ("winner", WINNER_COLOUR, "star"))
     if rows.empty:
         return
     full = group in ("completed", "winner")

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import unescape
 from importlib import resources
 from pathlib import Path
@@ -24,7 +24,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from analysis.effects import Importance, importance
-from analysis.load import FAILED_STATES, UNFINISHED, SweepFrames
+from analysis.load import BY_COMMAND, FAILED_STATES, SweepFrames, SweepInfo
+from analysis.pareto import pareto_figure, pareto_rows
 from analysis.plots import (
     best_so_far_figure,
     importance_figure,
@@ -33,35 +34,25 @@ from analysis.plots import (
     rung_figure,
 )
 from analysis.stopping import rung_table, saving
-from analysis.style import theme
+from analysis.style import group_of, theme
 from analysis.tables import (
     Gain,
-    Standing,
     default_number,
     is_accuracy,
     leaderboard,
     leaderboard_rows,
     level_rows,
-    pareto_rows,
     standard_error,
     summarise,
     trial_params,
     trial_row,
+    varying_parameters,
 )
+from analysis.words import ENDING_LABELS, format_count, format_duration, format_value
 
 TEMPLATE = "report.html.j2"
 MAX_ROWS = 100
 """Leaderboard rows on the page; the CSV holds all."""
-
-STATE_LABELS = {
-    "completed": "completed",
-    "pruned": "stopped early",
-    UNFINISHED: "unfinished",
-    "diverged": "diverged",
-    "oom": "out of memory",
-    "error": "error",
-    "lost": "lost",
-}
 
 
 def write_report(frames: SweepFrames | Sequence[SweepFrames], out_dir: Path) -> Path:
@@ -100,7 +91,7 @@ def leaderboard_csv(sweeps: Sequence[SweepFrames]) -> str:
     tables = []
     for frames in sweeps:
         more = frames.trials[["number", "seed", "reason", "run_id"]]
-        table = leaderboard(frames).merge(more, on="number", how="left")
+        table = leaderboard(frames).drop(columns="ending").merge(more, on="number", how="left")
         table.insert(0, "sweep", frames.info["name"])
         tables.append(table)
     text: str = pd.concat(tables, ignore_index=True).to_csv(index=False)
@@ -127,37 +118,8 @@ def render_page(sweeps: Sequence[SweepFrames]) -> str:
         figures=_embedded(figures),
         themes=_embedded({"light": theme(dark=False), "dark": theme(dark=True)}),
         plotly_js=get_plotlyjs(),
-        labels=STATE_LABELS,
+        labels=ENDING_LABELS,
     )
-
-
-def format_value(value: object) -> str:
-    """A metric or parameter for the eye: four significant digits, an en dash where missing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.4g}"
-
-
-def format_count(value: float) -> str:
-    return f"{int(value):,}"
-
-
-def format_duration(seconds: float | None) -> str:
-    """Two units at most, of days, hours, minutes and seconds."""
-    if seconds is None or math.isnan(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    if whole < 3_600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 48 * 3_600:
-        return f"{whole // 3_600} h {whole % 3_600 // 60} min"
-    return f"{whole // 86_400} d {whole % 86_400 // 3_600} h"
 
 
 def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +131,8 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
     default = default_number(frames)
     results = [importance(frames, "fanova"), importance(frames, "ped_anova")]
     failed = trials[trials["state"].isin(FAILED_STATES)]
+    varying = varying_parameters(frames)
+    pareto = pareto_figure(frames)
     last = frames.curves["time"].max()
     return {
         "id": prefix,
@@ -178,7 +142,8 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
         "winner_is_default": standing is not None
         and bool(trial_row(frames, standing["number"])["is_default"]),
         "winner_word": "winner" if info["state"] == "finished" else "winner so far",
-        "gain_is_noise": _within_noise(summary["gain"], standing, info["val_images"]),
+        "gain_at": _gain_at(summary["gain"]),
+        "gain_is_noise": _within_noise(summary["gain"], info),
         "accuracy": is_accuracy(info["objective"]),
         "scheduler": _scheduler(info),
         "started": f"{info['start']:%Y-%m-%d %H:%M} UTC",
@@ -187,8 +152,14 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
         "settings": _settings(frames, standing["number"] if standing else None, default),
         "default": default,
         "parameters": frames.parameters,
+        "varying": varying,
+        "constant": {
+            name: rows[0][name] for name in frames.parameters if rows and name not in varying
+        },
         "rows": rows[:MAX_ROWS],
+        "groups": {group_of(str(ending)) for ending in trials["ending"]},
         "pareto": pareto_rows(frames),
+        "pareto_figure": pareto and _figure(figures, f"{prefix}-pareto", pareto),
         "levels": level_rows(frames),
         "hidden_rows": max(0, len(rows) - MAX_ROWS),
         "failed": failed[["number", "state", "reason", "samples_seen"]].to_dict("records"),
@@ -208,7 +179,7 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
     }
 
 
-def _scheduler(info: Mapping[str, Any]) -> str:
+def _scheduler(info: SweepInfo) -> str:
     """The scheduler with what was asked of it."""
     config = info["config"]
     parts = [info["scheduler"] or "–"]
@@ -221,15 +192,29 @@ def _scheduler(info: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _within_noise(gain: Gain | None, standing: Standing | None, images: int | None) -> bool:
+def _gain_at(gain: Gain | None) -> str:
+    """Where the winner and the default were compared, in words; empty at the full resource."""
+    if gain is None or gain["full"]:
+        return ""
+    if gain["default_ending"] in ("pruned", BY_COMMAND):
+        why = f"where the default was {ENDING_LABELS[gain['default_ending']]}"
+    elif gain["default_ending"] in FAILED_STATES:
+        why = "the last report of the default, which failed"
+    else:
+        why = "the furthest that both have reached"
+    return f"at {format_count(gain['mark'])} images, {why}"
+
+
+def _within_noise(gain: Gain | None, info: SweepInfo) -> bool:
     """Whether a gain is below two standard errors of a difference of two accuracies.
 
     As of independent ones, though both were measured on the same images: a cautious answer.
     """
-    if gain is None or standing is None or standing["standard_error"] is None:
+    if gain is None or not is_accuracy(info["objective"]):
         return False
-    default_error = standard_error(gain["default"], images) or 0.0
-    return abs(gain["value"]) < 2 * math.hypot(standing["standard_error"], default_error)
+    errors = [standard_error(gain[side], info["val_images"]) for side in ("winner", "default")]
+    known = [error for error in errors if error is not None]
+    return len(known) == 2 and abs(gain["value"]) < 2 * math.hypot(*known)
 
 
 def _settings(frames: SweepFrames, number: int | None, default: int | None) -> list[dict[str, Any]]:

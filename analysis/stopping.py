@@ -1,8 +1,9 @@
 """Frames -> what early stopping did: each rung's decisions, and the work that it saved.
 
-Saved is what the stopped trials had left to their full resource; trials that failed or still
-run would have cost the same without a scheduler and count as they are. What stopping *lost* (a
-stopped trial that would have won) cannot be read from these records and is left out.
+Saved is what the trials that the scheduler stopped had left to their full resource; those that
+failed, still run or were stopped by a user's command would have cost the same without a scheduler
+and count as they are. What stopping *lost* (a stopped trial that would have won) cannot be read
+from these records and is left out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, TypedDict
 
 import pandas as pd
 
-from analysis.load import UNFINISHED, SweepFrames
+from analysis.load import BY_COMMAND, UNFINISHED, SweepFrames
 
 RUNG_COLUMNS = (
     *("rung", "arrived", "passed", "stopped", "audited"),
@@ -22,7 +23,8 @@ RUNG_COLUMNS = (
 class Saving(TypedDict):
     """Images of the train split, and seconds of one slot."""
 
-    stopped: int  # trials
+    stopped: int  # trials, by the scheduler
+    by_command: int  # trials that a user's command stopped, which saves nothing here
     samples_seen: int  # spent by all trials
     samples_without: int  # had every stopped trial run to its full resource
     samples_saved: int
@@ -37,15 +39,16 @@ class Saving(TypedDict):
 def rung_table(frames: SweepFrames) -> pd.DataFrame:
     """One row a rung, in images: trials that arrived, passed and were stopped there.
 
-    A trial that waited there for a promotion which never came counts as stopped; `audited` are
-    those that would have been stopped and ran on to show what that would have cost.
+    A trial that waited there for a promotion which never came counts as stopped; one that a
+    command ended while it waited, as neither; `audited` are those that would have been stopped and
+    ran on to show what that would have cost.
     `first_cutoff` and `cutoff` are the cut-off at the first and at the last decision that had
     one; `best` and `worst` the objective's extremes among the arrivals.
     """
     decisions, trials = frames.decisions, frames.trials
     furthest = decisions.groupby("number")["mark"].transform("max") == decisions["mark"]
-    unfinished = trials.loc[trials["state"] == UNFINISHED, "number"]
-    wait = decisions.loc[furthest & decisions["number"].isin(unfinished), "number"]
+    undecided = trials.loc[trials["ending"].isin((UNFINISHED, BY_COMMAND)), "number"]
+    wait = decisions.loc[furthest & decisions["number"].isin(undecided), "number"]
     rungs = sorted({*frames.info["rungs"], *(int(mark) for mark in decisions["mark"])})
     times = frames.curves[frames.curves["metric"] == frames.info["objective"]]
     when = times.set_index(["number", "samples_seen"])["time"].to_dict()
@@ -85,7 +88,7 @@ def saving(frames: SweepFrames) -> Saving:
     its images), where no wall was recorded by its images_per_s.
     """
     trials, info = frames.trials, frames.info
-    pruned = trials[(trials["state"] == "pruned") & trials["rung"].notna()]  # not by a command
+    pruned = trials[trials["ending"] == "pruned"]
     left = (info["total_images"] - pruned["samples_seen"]).clip(lower=0)
     pace = pruned["wall_s"] / pruned["samples_seen"].where(pruned["samples_seen"] > 0)
     pace = pace.fillna(1.0 / pruned["images_per_s"].where(pruned["images_per_s"] > 0))
@@ -98,6 +101,7 @@ def saving(frames: SweepFrames) -> Saving:
     others = ends.where(~audited).groupby(trials["stratum"]).transform("max")
     return Saving(
         stopped=len(pruned),
+        by_command=int((trials["ending"] == BY_COMMAND).sum()),
         samples_seen=spent,
         samples_without=spent + saved,
         samples_saved=saved,

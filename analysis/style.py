@@ -1,6 +1,6 @@
 """How figures look: colours, markers, themes, and the ranges and ticks of their axes.
 
-One colour and one marker symbol for each state everywhere, so that neither colour alone nor the
+One colour and one marker symbol for each ending everywhere, so that neither colour alone nor the
 background carries meaning: Okabe and Ito's colour-blind safe hues, shifted to at least 3 : 1
 contrast on white as well as on the dark background.
 """
@@ -15,17 +15,20 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.load import UNFINISHED, SweepFrames
+from analysis.load import BY_COMMAND, FAILED_STATES, UNFINISHED, SweepFrames
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f7fc2", "#c8761a", "#12936c", "#bd5a98", "#858c99"
 
-STATE_STYLE = {
-    # state: (what the reader is told, colour, marker)
+ENDING_STYLE = {
+    # ending: (what the reader is told, colour, marker)
     "completed": ("completed", BLUE, "circle"),
     "pruned": ("stopped early", ORANGE, "x"),
+    BY_COMMAND: ("stopped by command", ORANGE, "square-open"),
     "failed": ("failed", PURPLE, "triangle-up"),
     UNFINISHED: ("unfinished", GREY, "diamond-open"),
 }
+DRAWN_ORDER = (UNFINISHED, "failed", BY_COMMAND, "pruned", "completed")
+"""What matters most is drawn last, above all else."""
 WINNER_COLOUR = GREEN
 SERIES_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 
@@ -70,6 +73,13 @@ def theme(dark: bool) -> dict[str, Any]:
         },
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
     }
+
+
+def group_of(ending: str) -> str:
+    """The key of ENDING_STYLE: all that failed look alike."""
+    if ending in FAILED_STATES:
+        return "failed"
+    return ending if ending in ENDING_STYLE else UNFINISHED
 
 
 def finish(

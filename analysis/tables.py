@@ -17,10 +17,10 @@ from typing import Any, Literal, TypedDict
 
 import pandas as pd
 
-from analysis.load import FAILED_STATES, STATES, SweepFrames, SweepInfo
+from analysis.load import ENDINGS, FAILED_STATES, SweepFrames, SweepInfo
 
 LEADERBOARD_COLUMNS = (
-    *("rank", "number", "state", "is_default", "objective", "best_objective"),
+    *("rank", "number", "state", "ending", "is_default", "objective", "best_objective"),
     *("samples_seen", "epochs", "wall_s", "audited"),
 )
 
@@ -41,9 +41,11 @@ class Gain(TypedDict):
     """The winner against the default configuration; positive is better, whatever the mode."""
 
     value: float
+    winner: float  # at the mark, like `default`
     default: float
-    mark: int  # images at which both were measured
+    mark: int  # images, the furthest at which both were measured
     full: bool  # whether that is the full resource
+    default_ending: str | None  # how the default ended there, None if it went on
 
 
 class Summary(TypedDict):
@@ -55,7 +57,7 @@ class Summary(TypedDict):
     winner: Standing | None  # best of the completed trials
     leading: Standing | None  # best of the others while none is completed
     gain: Gain | None
-    trials: dict[str, int]  # state -> count, only states that occur
+    trials: dict[str, int]  # ending -> count, only endings that occur
     samples_seen: int
     wall_s: float
 
@@ -73,10 +75,11 @@ def standard_error(value: float, images: int | None) -> float | None:
 
 
 def leaderboard(frames: SweepFrames) -> pd.DataFrame:
-    """LEADERBOARD_COLUMNS and the searched parameters, one row a trial, best first.
+    """LEADERBOARD_COLUMNS and further ones, one row a trial, best first.
 
     `rank` is missing for failed trials and those without a value; `epochs` are
-    samples_seen / train images.
+    samples_seen / train images. Further columns are `bracket`, of a sweep with more than one;
+    `also.NAME`, the further objectives; and `param.NAME`, the searched parameters.
     """
     trials, info = frames.trials, frames.info
     table = trials.assign(
@@ -92,8 +95,10 @@ def leaderboard(frames: SweepFrames) -> pd.DataFrame:
     )
     ranked = (table["tier"] < 2) & table["objective"].notna()
     table["rank"] = ranked.cumsum().where(ranked).astype("Int64")
+    bracket = ["bracket"] if info["config"].get("brackets", "1") != "1" else []
+    also = [f"also.{name}" for name in info["also"]]
     params = [f"param.{name}" for name in frames.parameters]
-    return table[[*LEADERBOARD_COLUMNS, *params]]
+    return table[[*LEADERBOARD_COLUMNS, *bracket, *also, *params]]
 
 
 def leaderboard_rows(frames: SweepFrames, limit: int | None = None) -> list[dict[str, Any]]:
@@ -102,6 +107,16 @@ def leaderboard_rows(frames: SweepFrames, limit: int | None = None) -> list[dict
     return [
         {str(name).removeprefix("param."): plain(value) for name, value in row.items()}
         for row in table.to_dict("records")
+    ]
+
+
+def varying_parameters(frames: SweepFrames) -> list[str]:
+    """The searched parameters that tell trials apart; all of them while there is one trial."""
+    several = len(frames.trials) > 1
+    return [
+        name
+        for name in frames.parameters
+        if not several or frames.trials[f"param.{name}"].map(str).nunique() > 1
     ]
 
 
@@ -136,16 +151,16 @@ def best_so_far(frames: SweepFrames, by: Axis = "time") -> pd.DataFrame:
 
 
 def summarise(frames: SweepFrames) -> Summary:
-    """Winner, gain over the default configuration, counts by state, images and wall spent."""
+    """Winner, gain over the default configuration, counts by ending, images and wall spent."""
     info, trials = frames.info, frames.trials
     table = leaderboard(frames)
     ranked = table[table["rank"].notna()]
     first = None if ranked.empty else ranked.iloc[0]
     won = first is not None and first["state"] == "completed"
     standing = None if first is None else _standing(frames, int(first["number"]))
-    counts = trials["state"].value_counts()
-    known = [state for state in STATES if state in counts]
-    others = sorted(state for state in counts.index if state not in STATES)
+    counts = trials["ending"].value_counts()
+    known = [ending for ending in ENDINGS if ending in counts]
+    others = sorted(ending for ending in counts.index if ending not in ENDINGS)
     return Summary(
         name=info["name"],
         state=info["state"],
@@ -153,7 +168,7 @@ def summarise(frames: SweepFrames) -> Summary:
         winner=standing if won else None,
         leading=None if won else standing,
         gain=None if first is None else _gain(frames, int(first["number"])),
-        trials={state: int(counts[state]) for state in [*known, *others]},
+        trials={ending: int(counts[ending]) for ending in [*known, *others]},
         samples_seen=int(trials["samples_seen"].sum()),
         wall_s=wall_s(frames),
     )
@@ -234,29 +249,6 @@ def level_rows(frames: SweepFrames) -> list[LevelRow]:
     return sorted(rows, key=lambda row: math.inf if row["best"] is None else sign * row["best"])
 
 
-class ParetoRow(TypedDict):
-    """A trial that no other one beats in all objectives."""
-
-    number: int
-    values: list[float]
-    params: dict[str, Any]
-
-
-def pareto_rows(frames: SweepFrames) -> list[ParetoRow]:
-    """The Pareto set of a sweep of several objectives, best first in the first one; else empty."""
-    mode, also = frames.info["mode"], frames.info["also"]
-    front = frames.trials[frames.trials["pareto"]].sort_values("objective", ascending=mode == "min")
-    columns = ["objective", *(f"also.{name}" for name in also)]
-    return [
-        ParetoRow(
-            number=int(row["number"]),
-            values=[float(row[column]) for column in columns],
-            params=trial_params(frames, int(row["number"])),
-        )
-        for row in front.to_dict("records")
-    ]
-
-
 def default_number(frames: SweepFrames) -> int | None:
     """Number of the trial that ran the default configuration."""
     defaults = frames.trials.loc[frames.trials["is_default"], "number"]
@@ -306,5 +298,12 @@ def _gain(frames: SweepFrames, number: int) -> Gain | None:
     assert ours is not None
     assert theirs is not None
     sign = 1.0 if frames.info["mode"] == "max" else -1.0
-    full = mark >= frames.info["total_images"]
-    return Gain(value=sign * (ours - theirs), default=theirs, mark=mark, full=full)
+    at_its_end = mark == curves.loc[curves["number"] == default, "mark"].max()
+    return Gain(
+        value=sign * (ours - theirs),
+        winner=ours,
+        default=theirs,
+        mark=mark,
+        full=mark >= frames.info["total_images"],
+        default_ending=str(trial_row(frames, default)["ending"]) if at_its_end else None,
+    )

@@ -43,6 +43,7 @@ from search.options import (
     TestLimit,
     TrainLimit,
     ValLimit,
+    check_read,
     sweep_option,
 )
 from search.replays import replays
@@ -145,8 +146,8 @@ def sweep(
     from search.run import Sweep
 
     given = {field: value for field, value in locals().items() if field in SweepConfig.model_fields}
-    fields = read_sweep_yaml(config) if config else {}
-    fields |= {field: value for field, value in given.items() if value is not None}
+    given = {field: value for field, value in given.items() if value is not None}
+    fields = {**(read_sweep_yaml(config) if config else {}), **given}
     fixed = parse_sweep({"fixed": fields["fixed"]}).fixed if fields.get("fixed") else {}
     fields["fixed"] = {**fixed, **parse_settings(settings)}
     if objective is not None:
@@ -154,6 +155,7 @@ def sweep(
     if points is not None:
         fields["points"] = _points(points, fields)
     plan = parse_sweep(fields)
+    check_read(given, plan)
     if dry_run:
         _forecast(plan, as_json, download, cache_dir)
         return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,13 +48,14 @@ def ray_cluster(config: SweepConfig) -> Iterator[Callable[[], int]]:
     if ours:
         local = {"include_dashboard": False} if config.address is None else {}
         try:
-            ray.init(
-                address=config.address or "local",
-                log_to_driver=False,
-                logging_level="ERROR",
-                configure_logging=True,
-                **local,
-            )
+            with _servers_in_their_own_groups():
+                ray.init(
+                    address=config.address or "local",
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    configure_logging=True,
+                    **local,
+                )
         except (ConnectionError, SystemExit) as error:  # Ray ends the process where nobody answers
             raise ValueError(
                 f"no Ray cluster answers at {config.address}; start one with 'ray start --head' "
@@ -64,6 +67,24 @@ def ray_cluster(config: SweepConfig) -> Iterator[Callable[[], int]]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _servers_in_their_own_groups() -> Iterator[None]:
+    """Ray's servers apart from our process group, which `timeout` and batch systems signal whole.
+
+    The driver drains when it is told to end, for which it needs them. They end with the driver all
+    the same, by the kernel's parent death signal; where that is missing, Ray relies on the group.
+    """
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    if sys.platform.startswith("linux"):
+        services.ConsolePopen = functools.partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def _check_fits(config: SweepConfig) -> None:

@@ -219,9 +219,16 @@ class SweepConfig(BaseModel):
             raise ValueError("--stratify searches one objective; leave out the further ones")
         if self.stratify and self.sampler == "grid":
             raise ValueError("a grid gives each level what it has; leave out --stratify")
-        if (stratified := (self.stratify or "").partition("=")[0]) in self.fixed:
-            raise ValueError(f"{stratified} is fixed by --set; leave out --stratify or --set")
+        if self.stratified_by in self.fixed:
+            raise ValueError(
+                f"{self.stratified_by} is fixed by --set; leave out --stratify or --set"
+            )
         return self
+
+    @property
+    def stratified_by(self) -> str | None:
+        """The field whose levels are searched apart."""
+        return None if self.stratify is None else self.stratify.partition("=")[0]
 
     @property
     def mode(self) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from search.endings import WORDS
 
 if TYPE_CHECKING:
     from search.run import SweepResult
@@ -56,15 +59,22 @@ def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
         out_console.print("no trial is recorded yet")
         return
     from analysis.tables import LEADERBOARD_COLUMNS
+    from analysis.words import ENDING_LABELS, format_value
 
-    names = [name for name in rows[0] if name not in LEADERBOARD_COLUMNS]
+    also = [name for name in rows[0] if name.startswith("also.")]
+    bracket = ["bracket"] if "bracket" in rows[0] else []
+    names = [name for name in rows[0] if name not in (*LEADERBOARD_COLUMNS, *also, *bracket)]
+    states = {row["number"]: ENDING_LABELS.get(row["ending"], row["ending"]) for row in rows}
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    if sum(max(5, *map(len, name.split("_"))) + 2 for name in names) + 34 > out_console.width:
+    fixed = ["trial", "state", objective, *(name.removeprefix("also.") for name in also)]
+    fixed += ["epochs", *bracket]
+    most = max(len(states[row["number"]]) for row in rows[:LEADERS])
+    if _least_width([*fixed, *names]) + most - len("state") > out_console.width:
         columns, told = ["parameters"], _in_one_cell  # the space has too many for the terminal
     else:
         columns, told = names, _in_a_cell_each
-    headings = ["trial", "state", objective, "epochs", *columns]
-    narrow = sum(len(heading) + 2 for heading in headings) + 16 > out_console.width
+    headings = [*fixed, *columns]
+    narrow = sum(len(heading) + 2 for heading in headings) + most > out_console.width
     for heading in headings:
         table.add_column(
             heading.replace("_", "\n") if narrow else heading,
@@ -76,9 +86,11 @@ def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
     for row in rows[:LEADERS]:
         table.add_row(
             f"{row['number']}{'*' if row['is_default'] else ''}{'†' if row['audited'] else ''}",
-            row["state"],
+            states[row["number"]],
             _short(row["objective"], 4),
+            *("-" if row[name] is None else format_value(row[name]) for name in also),
             _short(row["epochs"], 3),
+            *(_short(row[name], 0) for name in bracket),
             *told({name: row[name] for name in names}),
         )
     out_console.print(table)
@@ -88,6 +100,20 @@ def print_leaderboard(rows: list[dict[str, Any]], objective: str) -> None:
         out_console.print("* the default configuration", style="dim")
     if any(row["audited"] for row in rows[:LEADERS]):
         out_console.print("† would have been stopped, and ran on as an audit", style="dim")
+
+
+def _least_width(headings: list[str]) -> int:
+    """Of a table in which each part of a heading has a line of its own."""
+    return sum(max(5, *map(len, heading.split("_"))) + 2 for heading in headings)
+
+
+def _endings(rows: list[dict[str, Any]]) -> str:
+    """How many trials ended in which way, in words."""
+    from analysis.load import ENDINGS
+    from analysis.words import ENDING_LABELS
+
+    found = Counter(str(row["ending"]) for row in rows)
+    return ", ".join(f"{found[each]} {ENDING_LABELS[each]}" for each in ENDINGS if found[each])
 
 
 def _in_a_cell_each(params: dict[str, Any]) -> list[str]:
@@ -102,9 +128,10 @@ def _in_one_cell(params: dict[str, Any]) -> list[str]:
 
 def print_result(result: SweepResult, rows: list[dict[str, Any]]) -> None:
     """What a sweep came to: its leaderboard, how the trials ended, the best one."""
+    counts = ", ".join(f"{count} {name}" for name, count in result.trials.items())
     if rows:
         print_leaderboard(rows, result.objective)
-    counts = ", ".join(f"{count} {name}" for name, count in result.trials.items())
+        counts = _endings(rows)
     out_console.print(f"{counts}; {result.samples_seen:,} images in {result.wall_s:,.0f} s")
     if result.best is not None:
         value = result.best["value"]
@@ -120,7 +147,8 @@ def print_result(result: SweepResult, rows: list[dict[str, Any]]) -> None:
 
 def print_status(answer: dict[str, Any]) -> None:
     """How far a sweep is, from what `status --json` prints."""
-    counts = ", ".join(f"{count} {name}" for name, count in answer["trials"].items()) or "none yet"
+    told = (f"{count} {WORDS.get(name, name)}" for name, count in answer["trials"].items())
+    counts = ", ".join(told) or "none yet"
     out_console.print(f"{answer['name']}: {answer['state']}; of {answer['planned']}: {counts}")
     for trial in answer["unfinished"]:
         waits = ", waits for a promotion" if trial["waits"] else ""

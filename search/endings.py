@@ -7,6 +7,15 @@ import re
 from search.state import SweepState, TrialState
 
 FAILED = ("diverged", "oom", "error", "lost")
+BY_COMMAND = "stopped by command"
+WORDS = {"pruned": "stopped early", "oom": "out of memory"}
+"""What people read instead of a state's name, where that differs."""
+
+
+def in_words(trial: TrialState) -> str:
+    """How a trial ended, for people; empty while it has not."""
+    by_command = trial.state == "pruned" and trial.reason == BY_COMMAND
+    return BY_COMMAND if by_command else WORDS.get(trial.state or "", trial.state or "")
 
 
 def ending_of(trial: TrialState, objective: str, total_images: int) -> tuple[str, str]:
@@ -15,7 +24,7 @@ def ending_of(trial: TrialState, objective: str, total_images: int) -> tuple[str
         return "completed", ""
     stop = trial.stop_recorded()
     if stop is None and trial.stop_asked:
-        return "pruned", "stopped by command"
+        return "pruned", BY_COMMAND
     report = stop or trial.last_report
     assert report is not None
     decision = report["decision"]

@@ -117,7 +117,7 @@ def forecast(
     """
     config = plan.config
     gpus = gpus_of_a_trial(config) if gpus_per_trial is None else gpus_per_trial
-    trials = min(config.trials, len(plan.grid)) if config.sampler == "grid" else config.trials
+    trials = plan.trials
     measured = calibration or calibrate(plan, min(slots, trials), gpus, seconds)
     simulated_trials = min(trials, MOST_TRIALS)
     count = min(SIMULATIONS, max(4, SIMULATED_TRIALS // simulated_trials))
@@ -197,7 +197,8 @@ def print_forecast(found: Forecast) -> None:
         f"{measured.batch_size:,}) in {measured.at_once} {processes} at once here, "
         f"{measured.threads} {threads} each, on {measured.device}: {measured.images_per_s:,.0f} "
         f"images a second, {measured.evaluation_s:.2g} s a report; other batch sizes, losses and "
-        "encoders of the space have another pace and size",
+        "encoders of the space have another pace and size; the time leaves out Ray's start, and is "
+        "longer where the machine has more to do than now",
         style="dim",
         soft_wrap=True,
     )

@@ -12,13 +12,16 @@ LOCK_NAME = ".lock"
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold a folder; ValueError if another process does. A killed holder lets go."""
+def locked(directory: Path, hint: str = "wait for it") -> Iterator[None]:
+    """Hold a folder; ValueError if another process does. A killed holder lets go.
+
+    The `hint` tells the user what to do then.
+    """
     lock = FileLock(directory / LOCK_NAME)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"another process works on {directory}; wait for it") from None
+        raise ValueError(f"another process works on {directory}; {hint}") from None
     try:
         yield
     finally:

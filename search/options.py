@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,22 @@ def sweep_option(field: str, *names: str, **more: Any) -> Any:
     default = info.get_default(call_default_factory=True)
     shown = "" if default is None or default == [] else f" (default: {default})"
     return typer.Option(*names, help=f"{info.description}{shown}", show_default=False, **more)
+
+
+def check_read(given: Collection[str], config: SweepConfig) -> None:
+    """ValueError for an option that was `given` and that this sweep would not read."""
+    budgets = (config.max_hours, config.max_gpu_hours, config.max_images)
+    stops = config.scheduler != "none"
+    read = {
+        "grid_points": (config.sampler == "grid", "--sampler grid"),
+        "on_budget": (any(budgets), "--max-hours, --max-gpu-hours or --max-images"),
+        "grace": (stops, "a scheduler that stops trials"),
+        "min_competitors": (stops, "a scheduler that stops trials"),
+        "reduction": (config.scheduler == "asha", "--scheduler asha"),
+    }
+    for field, (is_read, owner) in read.items():
+        if field in given and not is_read:
+            raise ValueError(f"--{field.replace('_', '-')} has no effect without {owner}")
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]

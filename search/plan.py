@@ -6,7 +6,7 @@ import contextlib
 import random
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,7 +67,15 @@ class Plan:
     """The user's own losses, to be copied; those of a sweep that goes on have been."""
     strata: Strata = field(default_factory=Strata)
     grid: tuple[dict[str, Any], ...] = ()
-    """All points of the sampler `grid`, in the order in which they are tried."""
+    """The points of the sampler `grid`, in the order in which they are tried."""
+
+    @property
+    def trials(self) -> int:
+        """How many will be tried: what is asked for, or as many as the grid has."""
+        if self.config.sampler != "grid":
+            return self.config.trials
+        others = len(self.config.points) + int(self.defaults is not None)
+        return min(self.config.trials, len(self.grid) + others)
 
 
 def make_plan(
@@ -145,7 +153,7 @@ def make_plan(
         space_file=space_file(source),
         loss_files=copied or loss_files(draws.losses),
         strata=strata,
-        grid=_grid(config, space),
+        grid=_grid(config, space, draws.defaults),
     )
 
 
@@ -276,9 +284,10 @@ def _draw(config: SweepConfig, space: Space, base: TrainConfig) -> Draws:
 
 def _strata(config: SweepConfig, draws: Draws) -> Strata:
     """The levels of the field to stratify by; ValueError where it is no choice of every draw."""
-    if config.stratify is None:
+    name = config.stratified_by
+    if name is None:
         return Strata()
-    name, _, listed = config.stratify.partition("=")
+    listed = str(config.stratify).partition("=")[2]
     categorical = optuna.distributions.CategoricalDistribution
     first, *others = draws.distributions
     choices = {
@@ -313,15 +322,20 @@ def _strata(config: SweepConfig, draws: Draws) -> Strata:
     return strata
 
 
-def _grid(config: SweepConfig, space: Space) -> tuple[dict[str, Any], ...]:
-    """The points of the sampler `grid` in a drawn order, so that a part of it is a fair sample."""
+def _grid(
+    config: SweepConfig, space: Space, defaults: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], ...]:
+    """The points of the sampler `grid` in a drawn order, so that a part of it is a fair sample.
+
+    Left out are the default configuration and given points, which are tried before.
+    """
     if config.sampler != "grid":
         return ()
     others = len(config.points) + int(config.default_trial)
     with _blaming_the_space(config.space):
         points = grid(space, config.grid_points, max(0, config.trials - others))
     random.Random(derived_seed(config.seed, 0, "grid")).shuffle(points)
-    return tuple(points)
+    return tuple(each for each in points if each != defaults and each not in config.points)
 
 
 def _configuration(config: SweepConfig, space: Space, trial: optuna.trial.BaseTrial) -> TrainConfig:

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from search.endings import WORDS, in_words
 from search.state import FINAL_STATES, SweepState, TrialState
 from trainer.config import TrainConfig
 
@@ -133,8 +134,8 @@ class SweepDisplay:
                 left_s = time_left_s(state, self._clock())
                 left = "" if left_s is None else f", about {duration(left_s)} left"
                 self._console.print(
-                    f"[{len(self._told)}/{state.planned}] trial {trial.number} {trial.state} after "
-                    f"{trial.samples_seen:,} images: {_value(trial, config['objective'])}"
+                    f"[{len(self._told)}/{state.planned}] trial {trial.number} {in_words(trial)} "
+                    f"after {trial.samples_seen:,} images: {_value(trial, config['objective'])}"
                     f"{_why(trial)}{left}",
                     markup=False,
                     highlight=False,
@@ -153,7 +154,7 @@ class SweepDisplay:
         line = Text(f"{config['name']}  ", style="bold")
         for name in (*FINAL_STATES, "unfinished"):
             if counts.get(name):
-                shown = "under way" if name == "unfinished" else name
+                shown = "under way" if name == "unfinished" else WORDS.get(name, name)
                 line.append(f"{counts[name]} {shown}  ", style=STYLES.get(name, "red"))
         line.append(f"of {state.planned} trials", style="dim")
         images = state.samples_seen
@@ -174,7 +175,7 @@ class SweepDisplay:
             style = STYLES.get(name, "red")
             table.add_row(
                 f"{'★ ' if trial is best else ''}{trial.number}",
-                Text(f"{SYMBOLS.get(name, '✗')} {trial.state or _doing(trial)}", style=style),
+                Text(f"{SYMBOLS.get(name, '✗')} {in_words(trial) or _doing(trial)}", style=style),
                 f"{trial.samples_seen:,}",
                 ProgressBar(
                     total=state.header["total_images"], completed=trial.samples_seen, width=10

@@ -19,7 +19,7 @@ from search.points import check_point
 from search.seeds import derived_seed
 from search.state import SweepState
 from search.strata import Strata, StratifiedStudy, counts_of
-from search.study import Study, WarmTrial
+from search.study import Study, Suggestion, WarmTrial
 from spaces import Space, default_params, with_fixed
 from trainer.config import parse_config
 
@@ -49,22 +49,29 @@ class Proposals:
         trials = list(state.trials.values())
         self._sources = Counter(trial.source for trial in trials)
         self._strata_counts = counts_of(trials)
+        self._done = {name for trial in trials for name in trial.exhausted}
         self._seen = {_key(trial.config) for trial in trials}
         self.study = StratifiedStudy(space, strata, self._make_study)
         self.study.restore(trials, [WarmTrial.from_event(event) for event in state.warm])
 
     def next(self, number: int) -> dict[str, Any] | None:
         """The fields of trial `number`'s `suggested` event; None: nothing new, see `exhausted`."""
-        source, stratum, point = self._choose(number)
-        if source == "grid" and point is None:
-            self.exhausted = f"all {len(self._grid)} points of the grid were tried"
-            return None
-        suggestion = self.study.ask(
-            number, stratum, point, is_new=lambda fields: self._is_new(number, fields)
-        )
-        if suggestion is None:
-            self.exhausted = "the space seems exhausted: draw after draw repeats earlier trials"
-            return None
+        done: list[str] = []
+        while (choice := self._choose(number)) is not None:
+            source, stratum, point = choice
+            suggestion = self.study.ask(
+                number, stratum, point, is_new=lambda fields: self._is_new(number, fields)
+            )
+            if suggestion is not None:
+                event = self._event(number, source, stratum, suggestion)
+                return {**event, "exhausted": done}
+            done.append(stratum)
+            self._done.add(stratum)
+        return None
+
+    def _event(
+        self, number: int, source: str, stratum: str, suggestion: Suggestion
+    ) -> dict[str, Any]:
         failure = suggestion.failure
         try:
             fields = self._fields(number, suggestion.fields)
@@ -101,12 +108,16 @@ class Proposals:
             return str(error)
         return None
 
-    def _choose(self, number: int) -> tuple[str, str, Mapping[str, Any] | None]:
-        """Source, stratum and given parameters of the next trial."""
+    def _choose(self, number: int) -> tuple[str, str, Mapping[str, Any] | None] | None:
+        """Source, stratum and given parameters of the next trial; None: see `exhausted`."""
         if self._state.enqueued:
             point = check_point(self._space, self._state.enqueued[0])
             return "enqueued", self._stratum_of(point), point
-        stratum = self._strata.next_name(self._strata_counts, self._config.seed)
+        if self._done and not self._others_have_a_turn():
+            where = "" if self._strata.field is None else f" of {', '.join(sorted(self._done))}"
+            self.exhausted = f"the space{where} seems exhausted: draws repeat earlier trials"
+            return None
+        stratum = self._strata.next_name(self._strata_counts, self._config.seed, self._done)
         if number == 0 and self._defaults:
             stratum = self._default_stratum
         if self._defaults and not self._strata_counts[stratum]:
@@ -118,9 +129,17 @@ class Proposals:
         if self._config.sampler == "grid":
             done = self._sources["grid"]
             if done == len(self._grid):
-                return "grid", stratum, None
+                self.exhausted = f"all {done} points of the grid were tried"
+                return None
             return "grid", self._stratum_of(self._grid[done]), self._grid[done]
         return "sampler", stratum, None
+
+    def _others_have_a_turn(self) -> bool:
+        """Whether a stratum that is not exhausted has fewer trials than its even share."""
+        names = self._strata.names()
+        enqueued = self._sources["enqueued"] + len(self._state.enqueued)
+        share = (self._state.planned - enqueued) // len(names)
+        return any(self._strata_counts[name] < share for name in names if name not in self._done)
 
     def _stratum_of(self, point: Mapping[str, Any]) -> str:
         return (
@@ -153,6 +172,7 @@ class Proposals:
             modes=config.modes,
             seed=derived_seed(config.seed, 0, f"stratum {stratum}") if stratum else config.seed,
             objectives=config.objectives,
+            rungs=(*header["rungs"], header["total_images"]),
         )
 
     def _fields(self, number: int, suggested: Mapping[str, Any]) -> dict[str, Any]:

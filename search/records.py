@@ -1,17 +1,71 @@
-"""Events of the journal and fields of configurations as MLflow's metrics, params and times."""
+"""What the journal says of a sweep and its trials as MLflow's tags, metrics, params and times."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from search.state import Event
+from search.config import SweepConfig
+from search.state import Event, SweepState, TrialState
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param
 
 PARAM_CHARS = 6000
 """MLflow's limit."""
+
+
+def plan_tags(header: Event) -> dict[str, Any]:
+    """Of a sweep, from its `sweep_started` event: what stays as it began."""
+    config = header["config"]
+    named = ("space", "sampler", "scheduler", "dataset", "objective", "reduction")
+    return {
+        "kind": "sweep",
+        "sweep": config["name"],
+        "sweep_id": header["sweep_id"],
+        "mode": header["mode"],
+        "total_images": header["total_images"],
+        "train_images": header["data"]["train"],
+        "val_images": header["data"]["val"],
+        "rungs": json.dumps(header["rungs"]),
+        "marks": json.dumps(header["marks"]),
+        **{name: config[name] for name in named},
+        **{f"version.{name}": value for name, value in header["versions"].items()},
+    }
+
+
+def progress_tags(state: SweepState) -> dict[str, Any]:
+    """Of a sweep: what is known only once it goes on."""
+    tags: dict[str, Any] = {
+        "state": "running" if state.ended is None else state.ended["state"],
+        "wall_s": f"{state.wall_s:.3f}",
+        "slots": state.slots,
+    }
+    if state.header["config"].get("also"):
+        config = SweepConfig.model_validate(state.header["config"])
+        tags |= {"also": json.dumps(config.also), "also_modes": json.dumps(config.modes[1:])}
+    if state.warm:
+        taken = Counter(str(event["source"]["sweep"]) for event in state.warm)
+        tags["warm_start"] = json.dumps(taken)
+    return tags
+
+
+def trial_tags(trial: TrialState, sweep_id: str) -> dict[str, Any]:
+    """Of a trial, as it was suggested."""
+    return {
+        "kind": "trial",
+        "sweep_id": sweep_id,
+        "number": trial.number,
+        "params": json.dumps(trial.params),
+        "distributions": json.dumps(trial.distributions),
+        "seed": trial.config.get("seed"),
+        "source": trial.source,
+        "bracket": trial.bracket,
+        **({"stratum": trial.stratum} if trial.stratum else {}),
+        **({"default": "true"} if trial.is_default else {}),
+    }
 
 
 def report_metrics(event: Event) -> list[Metric]:

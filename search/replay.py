@@ -111,6 +111,8 @@ class Setting:
     grace: float = 1.0
     reduction: int = 3
     brackets: int = 1
+    min_competitors: int | None = None
+    """Values at a rung before it decides; None: the scheduler's own number."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,13 @@ def replay(
 ) -> list[Row]:
     """Try each setting on the same `shuffles` orders of arrival, which `seed` draws.
 
-    `progress` is told the settings that are done, and how many there are. ValueError for a
-    setting that these records cannot tell of.
+    `progress` is told the settings that are done, and how many there are; first none, once all
+    are found to make sense. ValueError for a setting that these records cannot tell of.
     """
     if shuffles < 1:
         raise ValueError(f"shuffles must be at least 1, got {shuffles}; 200 is usual")
     plans = [(setting, *_plan(recording, setting)) for setting in settings]
+    progress(0, len(plans))
     orders = [_shuffled(recording.trials, seed, each) for each in range(shuffles)]
     rows = []
     for setting, config, rungs, moved in plans:
@@ -217,6 +220,7 @@ def _plan(recording: Recording, setting: Setting) -> tuple[SweepConfig, tuple[in
             "grace": setting.grace,
             "reduction": setting.reduction,
             "brackets": brackets,
+            "min_competitors": setting.min_competitors,
             "keep_checkpoints": NEVER,
             "failures_alike": NEVER,
             **SCHEDULERS[setting.scheduler],

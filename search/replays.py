@@ -6,6 +6,7 @@ A composition root as `search.cli` is: it reads the sweep with `analysis`, hands
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -40,6 +41,10 @@ def replay(
         str, typer.Option(metavar="NAME,...", help="Of asha, promote, median, none.")
     ] = "asha",
     brackets: Annotated[int, typer.Option(min=1, max=16, help="Of asha and promote.")] = 1,
+    min_competitors: Annotated[
+        int | None,
+        typer.Option(min=1, help="Values at a rung before it decides. (default: as recorded)"),
+    ] = None,
     shuffles: Annotated[int, typer.Option(min=1, help="Orders in which the trials arrive.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Of these orders.")] = 0,
     as_json: Json = False,
@@ -62,17 +67,23 @@ def replay(
     epochs = recording.total_images / recording.train_images
     if graces is None:
         graces = [usual for usual in USUAL_GRACES if usual < epochs] or [epochs / 2]
-    settings = settings_of(schedulers, graces, reductions, brackets)
-    with Progress(console=err_console, transient=True, disable=as_json) as display:
+    competitors = min_competitors or sweep.config.min_competitors
+    settings = settings_of(schedulers, graces, reductions, brackets, competitors)
+    with contextlib.ExitStack() as stack:
+        display = Progress(console=err_console, transient=True, disable=as_json)
         task = display.add_task("replaying", total=len(settings))
-        rows = replay_settings(
-            recording,
-            settings,
-            shuffles=shuffles,
-            seed=seed,
-            progress=lambda done, total: display.update(task, completed=done),
-        )
-    about = _about(frames, recording) | {"shuffles": shuffles, "seed": seed}
+
+        def show(done: int, total: int) -> None:
+            if not done:  # from here on no setting is refused
+                stack.enter_context(display)
+            display.update(task, completed=done)
+
+        rows = replay_settings(recording, settings, shuffles=shuffles, seed=seed, progress=show)
+    about = _about(frames, recording) | {
+        "shuffles": shuffles,
+        "seed": seed,
+        "min_competitors": competitors,
+    }
     plain = [row.to_json() for row in rows]
     page = write_replay(plain, about, sweep.dir / "report" / "replay.html")
     if as_json:
@@ -118,7 +129,11 @@ def recording_of(frames: SweepFrames) -> Recording:
 
 
 def settings_of(
-    schedulers: list[str], graces: list[float], reductions: list[int], brackets: int
+    schedulers: list[str],
+    graces: list[float],
+    reductions: list[int],
+    brackets: int,
+    min_competitors: int | None = None,
 ) -> list[Setting]:
     """Every combination that makes a difference: `none` has no grace, `median` no reduction."""
     from search.replay import Setting
@@ -127,7 +142,7 @@ def settings_of(
     for name in schedulers:
         for grace in graces[:1] if name == "none" else graces:
             settings += [
-                Setting(name, grace, reduction, brackets)
+                Setting(name, grace, reduction, brackets, min_competitors)
                 for reduction in (reductions if name in ("asha", "promote") else reductions[:1])
             ]
     return settings
@@ -206,6 +221,8 @@ def _print_about(rows: list[Row], about: dict[str, Any]) -> None:
         "brackets the middle 95 of 100 orders, of survival the 95 % interval; regret: final "
         f"{about['objective']} of the best trial less that of the one chosen",
     ]
+    if about["min_competitors"] is not None:
+        lines.append(f"a rung decides from {about['min_competitors']} values on")
     if any(row.moved for row in rows):
         lines.append("* a rung moved up to the next recorded report: nothing is known in between")
     if any(row.unknown for row in rows):

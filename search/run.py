@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from search.budget import spent_budget
 from search.cluster import await_dead_workers, gpus_per_trial, ray_cluster
 from search.commands import CommandFile
 from search.config import (
@@ -152,6 +153,7 @@ class Sweep:
                 rungs=plan.rungs,
                 slots=slots(),
                 gpus_per_trial=gpus_per_trial(self.config),
+                planned=plan.trials,
                 data=describe_data(plan.data),
                 space_sha256=sha256(plan.space_file),
                 loss_files=to_json(plan.loss_files),
@@ -185,7 +187,8 @@ class Sweep:
     def resume(self, trials: int = 0) -> SweepResult:
         """Go on where the journal ends, with `trials` more than were planned.
 
-        A finished sweep with no more to come is only recorded again.
+        A finished sweep with no more to come is only recorded again, and so is one whose budget is
+        spent still.
         Refused (ValueError) while another driver holds the folder, and when the space's file has
         changed since the sweep began.
         """
@@ -193,10 +196,11 @@ class Sweep:
         state = load_state(self.dir / FILE_NAME)
         commands = CommandFile(self.dir)
         asked = commands.after(commands.still_taken(state.commands_taken))
-        if state.ended and state.ended["state"] == "finished" and not trials and not asked:
+        finished = state.ended and state.ended["state"] == "finished" and not trials
+        if not asked and (finished or self._spent_still(state)):
             self.record_rest()
             return self._result(state, None)
-        with locked(self.dir):
+        with locked(self.dir, f"see 'contrasweep status {self.dir}', or wait for it"):
             state = load_state(self.dir / FILE_NAME)
             plan = make_plan_again(self.config, state, self.dir, **self._loading)
             plan.strata.check_even(trials)
@@ -215,6 +219,15 @@ class Sweep:
                     commands_taken=commands.still_taken(state.commands_taken),
                 )
                 return self._drive(plan, journal, slots)
+
+    def _spent_still(self, state: SweepState) -> bool:
+        """Whether the sweep ended by a budget that leaves nothing to do as long as it stands."""
+        if not state.ended or state.ended.get("why") != "budget":
+            return False
+        cut_off = any(trial.paused_at is None for trial in state.open.values())
+        if cut_off and self.config.on_budget == "drain":
+            return False  # these may go on to their end
+        return spent_budget(self.config, state, (), state.last_time) is not None
 
     def _tracking(self) -> str:
         embedded = self.tracking_uri == embedded_tracking_uri(self.dir.parent)

@@ -33,6 +33,8 @@ class TrialState:
     stratum: str = ""
     bracket: int = 0
     redraws: int = 0
+    exhausted: tuple[str, ...] = ()
+    """Strata that were found to have nothing new when it was suggested."""
     failure: str | None = None
     """Why the space gave no configuration."""
     study_attrs: dict[str, Any] = field(default_factory=dict)
@@ -219,7 +221,7 @@ def _on_sweep_started(state: SweepState, event: Event) -> None:
     if event["schema"] != SCHEMA:
         raise ValueError(f"schema {event['schema']} is not {SCHEMA}, the one this version reads")
     state.header = event
-    state.planned = int(event["config"]["trials"])
+    state.planned = int(event.get("planned", event["config"]["trials"]))
     state.slots = int(event["slots"])
     state.gpus_per_trial = float(event.get("gpus_per_trial", 0.0))
 
@@ -255,6 +257,7 @@ def _on_suggested(state: SweepState, event: Event) -> None:
         stratum=str(event.get("stratum", "")),
         bracket=int(event.get("bracket", 0)),
         redraws=int(event.get("redraws", 0)),
+        exhausted=tuple(event.get("exhausted", ())),
         failure=event.get("failure"),
         study_attrs=event.get("study_attrs", {}),
     )

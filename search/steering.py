@@ -70,10 +70,10 @@ def enqueue(directory: SweepDir, settings: Values = None, as_json: Json = False)
     state = load_state(directory / FILE_NAME)
     config = parse_sweep(state.header["config"])
     params = parse_point(_searched(config, directory, state.header["space_sha256"]), texts)
-    if config.stratify is not None and config.stratify not in params:
+    field = config.stratified_by
+    if field is not None and field not in params:
         raise ValueError(
-            f"the sweep is stratified by {config.stratify}: set it, too, such as "
-            f"--set {config.stratify}=VALUE"
+            f"the sweep is stratified by {field}: set it, too, such as --set {field}=VALUE"
         )
     append_command(directory, {"command": "enqueue", "params": params})
     running = _takes_commands(directory, state)

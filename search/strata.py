@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,9 +48,12 @@ class Strata:
         """The level of that name."""
         return self.levels[self.names().index(name)]
 
-    def next_name(self, counts: Mapping[str, int], seed: int) -> str:
-        """Whose turn it is when each stratum has had so many trials: of the fewest, a drawn one."""
-        names = list(self.names())
+    def next_name(self, counts: Mapping[str, int], seed: int, without: Collection[str] = ()) -> str:
+        """Whose turn it is when each stratum has had so many trials: of the fewest, a drawn one.
+
+        Strata `without` a turn are passed over; one must be left.
+        """
+        names = [name for name in self.names() if name not in without]
         fewest = min(counts.get(name, 0) for name in names)
         random.Random(derived_seed(seed, fewest, "turn")).shuffle(names)
         return next(name for name in names if counts.get(name, 0) == fewest)

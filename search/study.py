@@ -8,9 +8,9 @@ running trial (its relative sample, in the trial's system attributes) and NSGA-I
 Optuna hears: COMPLETE with the value for a trial that reached the full resource; PRUNED, after
 its values were reported, for a stopped one; PRUNED with a violated constraint for one that
 diverged or ran out of memory, which steers TPE away (told FAIL, TPE forgets it); FAIL for the
-rest; nothing for an unfinished one. Steps are nominal marks: TPE ranks stopped trials by step
-first, and would prefer an overshoot of a hundred images to a better value. A study of several
-objectives has no intermediate values.
+rest; nothing for an unfinished one. Steps are nominal marks, whatever a batch overshot, since
+trials are compared where their steps are the same. A study of several objectives has no
+intermediate values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from optuna.trial import TrialState as OptunaState
 
 from search.seeds import derived_seed
 from search.state import Event, TrialState
-from search.tpe import History, QuickTPE
+from search.tpe import History, RungTPE
 from spaces import Space, run_space
 
 INFEASIBLE = ("diverged", "oom")
@@ -87,22 +87,22 @@ Make = Callable[[int], optuna.samplers.BaseSampler]
 """A sampler from its seed."""
 
 
-def _tpe() -> Make:
-    history = History()
+def _tpe(rungs: Sequence[int]) -> Make:
+    history = History(rungs)
 
     def make(seed: int) -> optuna.samplers.BaseSampler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return QuickTPE(seed, history)
+            return RungTPE(seed, history)
 
     return make
 
 
-def _random() -> Make:
+def _random(rungs: Sequence[int]) -> Make:
     return lambda seed: optuna.samplers.RandomSampler(seed=seed)
 
 
-def _gp() -> Make:
+def _gp(rungs: Sequence[int]) -> Make:
     def make(seed: int) -> optuna.samplers.BaseSampler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -111,12 +111,12 @@ def _gp() -> Make:
     return make
 
 
-def _nsga2() -> Make:
+def _nsga2(rungs: Sequence[int]) -> Make:
     # Sweeps have tens of trials, not thousands: with the default of 50 most would be random.
     return lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
 
 
-SAMPLERS: dict[str, Callable[[], Make]] = {
+SAMPLERS: dict[str, Callable[[Sequence[int]], Make]] = {
     "tpe": _tpe,
     "random": _random,
     "grid": _random,  # of points that are given one by one
@@ -129,7 +129,7 @@ class Study:
     """The sampler's side of a sweep: `ask` for trial after trial, `report` and `tell` of them.
 
     `modes` are the directions (max, min) of `objectives`; of several, none is reported before
-    a trial's end.
+    a trial's end. `rungs` are the marks at which trials are compared, with the full resource.
     """
 
     def __init__(
@@ -141,11 +141,12 @@ class Study:
         modes: Sequence[str],
         seed: int,
         objectives: Sequence[str],
+        rungs: Sequence[int],
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
-        self._make_sampler = SAMPLERS[sampler]()
-        self._make_random = SAMPLERS["random"]()
+        self._make_sampler = SAMPLERS[sampler](rungs)
+        self._make_random = SAMPLERS["random"](rungs)
         self._seed = seed
         self._objectives = tuple(objectives)
         self._ids: dict[int, int] = {}

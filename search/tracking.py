@@ -8,14 +8,17 @@ One parent run a sweep, one child run (`mlflow.parentRunId`) a trial, in the exp
 | parent | tags     | kind=sweep, sweep, sweep_id, state (running, finished, interrupted),      |
 |        |          | objective, mode, total_images, train_images, val_images, rungs, marks,    |
 |        |          | reduction, slots, space, sampler, scheduler, dataset, wall_s, cursor,     |
-|        |          | also (JSON, further objectives), version.PACKAGE; mlflow.source.git.commit|
+|        |          | also, also_modes (JSON, further objectives and which way each is better), |
+|        |          | warm_start (JSON, earlier sweep -> number of its trials taken over),      |
+|        |          | version.PACKAGE; mlflow.source.git.commit                                 |
 | parent | params   | every field of `SweepConfig`                                              |
 | parent | metrics  | best_OBJECTIVE at step = images spent by the whole sweep                  |
 | parent | dataset  | name, digest, sizes of the splits                                         |
 | parent | artifact | sweep.yaml; best/checkpoint.pt of the best trial                          |
 | child  | tags     | kind=trial, sweep_id, number, state, reason, default, params and          |
 |        |          | distributions (JSON, searched ones only), seed, node, source, stratum,    |
-|        |          | bracket, rung (where it was stopped), audited (where it would have been), |
+|        |          | bracket (from 0, which has all rungs), rung (where it was stopped by the  |
+|        |          | scheduler), audited (where it would have been),                           |
 |        |          | pareto (true: no trial beats it in all objectives),                       |
 |        |          | samples_seen (at the end, what a failed trial cost after its last report) |
 | child  | params   | every field of `TrainConfig`                                              |
@@ -45,7 +48,14 @@ from typing import TYPE_CHECKING, Any
 
 from search.config import SweepConfig
 from search.journal import FILE_NAME, read_events_from
-from search.records import milliseconds, params_of, report_metrics
+from search.records import (
+    milliseconds,
+    params_of,
+    plan_tags,
+    progress_tags,
+    report_metrics,
+    trial_tags,
+)
 from search.state import Event, SweepState, TrialState
 from search.uris import redacted
 from trainer.config import TrainConfig
@@ -205,31 +215,12 @@ class Recorder:
 
     def _create_parent(self, client: MlflowClient, experiment: str) -> str:
         header = self._state.header
-        config = header["config"]
-        tags = {
-            "kind": "sweep",
-            "sweep": config["name"],
-            "sweep_id": header["sweep_id"],
-            "mode": header["mode"],
-            "total_images": header["total_images"],
-            "train_images": header["data"]["train"],
-            "val_images": header["data"]["val"],
-            "rungs": json.dumps(header["rungs"]),
-            "marks": json.dumps(header["marks"]),
-            **{
-                name: config[name]
-                for name in (
-                    "space", "sampler", "scheduler", "dataset", "objective", "reduction",
-                )
-            },
-            **{f"version.{name}": value for name, value in header["versions"].items()},
-        }  # fmt: skip
         run = client.create_run(
             experiment,
             start_time=milliseconds(header["time"]),
-            run_name=config["name"],
+            run_name=header["config"]["name"],
             tags={
-                **{PREFIX + key: str(value) for key, value in tags.items()},
+                **_prefixed(plan_tags(header)),
                 "mlflow.source.name": "contrasweep",
                 "mlflow.source.git.commit": header.get("git_commit") or "unknown",
             },
@@ -259,12 +250,7 @@ class Recorder:
         for start in range(0, len(best), BATCH_METRICS):
             client.log_batch(parent, metrics=best[start : start + BATCH_METRICS])
         ended = self._state.ended
-        tags = {
-            "state": "running" if ended is None else ended["state"],
-            "wall_s": f"{self._state.wall_s:.3f}",
-            "slots": self._state.slots,
-            "cursor": self._offset,
-        }
+        tags = _prefixed({**progress_tags(self._state), "cursor": self._offset})
         if ended is not None:
             self._upload_ending(client, parent)
             status = "FINISHED" if ended["state"] == "finished" else "KILLED"
@@ -272,7 +258,7 @@ class Recorder:
         elif any(event["event"] == "resumed" for event in new):
             client.update_run(parent, status="RUNNING")
         # Last of all: a kill before the cursor is set repeats the upload, one after it skips it.
-        client.log_batch(parent, tags=[RunTag(PREFIX + k, str(v)) for k, v in tags.items()])
+        client.log_batch(parent, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _describe_sweep(self, client: MlflowClient, parent: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -320,7 +306,7 @@ class Recorder:
                 run_id,
                 metrics=metrics[start : start + BATCH_METRICS],
                 params=params[:BATCH_PARAMS] if start == 0 else [],
-                tags=[RunTag(PREFIX + key, str(value)) for key, value in tags.items()],
+                tags=[RunTag(key, value) for key, value in _prefixed(tags).items()],
             )
         if trial.state:
             assert trial.finished_at is not None
@@ -328,24 +314,12 @@ class Recorder:
             client.set_terminated(run_id, status, end_time=milliseconds(trial.finished_at))
 
     def _create_child(self, client: MlflowClient, parent: str, trial: TrialState) -> str:
-        tags = {
-            "kind": "trial",
-            "sweep_id": self._state.header["sweep_id"],
-            "number": trial.number,
-            "params": json.dumps(trial.params),
-            "distributions": json.dumps(trial.distributions),
-            "seed": trial.config.get("seed"),
-            "source": trial.source,
-            "bracket": trial.bracket,
-            **({"stratum": trial.stratum} if trial.stratum else {}),
-            **({"default": "true"} if trial.is_default else {}),
-        }
         run = client.create_run(
             self._experiment_id,
             start_time=milliseconds(trial.suggested_at),
             run_name=f"trial {trial.number}",
             tags={
-                **{PREFIX + key: str(value) for key, value in tags.items()},
+                **_prefixed(trial_tags(trial, self._state.header["sweep_id"])),
                 "mlflow.parentRunId": parent,
             },
         )
@@ -380,13 +354,16 @@ class Recorder:
             front = {each.number for each in self._state.pareto(config.objectives, config.modes)}
             for number, run_id in self._children.items():  # of an extended sweep some left it
                 client.set_tag(run_id, PREFIX + "pareto", str(number in front).lower())
-            client.set_tag(parent, PREFIX + "also", json.dumps(config.also))
         best = self._state.best(config.objective, config.mode)
         if best is None or best.checkpoint is None:
             return
         file = self._dir / best.checkpoint / "checkpoint.pt"
         if file.is_file():
             client.log_artifact(parent, str(file), "best")
+
+
+def _prefixed(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {PREFIX + key: str(value) for key, value in tags.items()}
 
 
 def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:

@@ -112,6 +112,7 @@ def _record(
     state: str = "finished",
     t0_ms: int = T0_MS,
     tags: dict[str, str] | None = None,
+    params: dict[str, str] | None = None,
     ranges: dict[str, str] | None = None,
 ) -> str:
     """Write one sweep as the schema says; returns its id."""
@@ -150,7 +151,8 @@ def _record(
     }
     about = {f"contrasweep.{key}": value for key, value in about.items()}
     parent = client.create_run(where, start_time=t0_ms, run_name=name, tags=about).info.run_id
-    client.log_batch(parent, params=[Param("trials", str(len(trials))), Param("note", "<b>&")])
+    config = {"trials": str(len(trials)), "note": "<b>&", **(params or {})}
+    client.log_batch(parent, params=[Param(key, value) for key, value in config.items()])
     ranges = distributions() if ranges is None else ranges
     for trial in trials:
         start = t0_ms + int(

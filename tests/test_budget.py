@@ -9,8 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.budget import gpu_hours, spent_budget
+from search.config import SweepConfig
 from search.driver import Driver, Next, Segment
-from search.journal import read_events
+from search.journal import FILE_NAME, load_state, read_events
+from search.run import Sweep
+from search.simulate import Outcome
+from tests.simulated import simulated_sweep
 from tests.test_driver import MARKS, RUNGS, TOTAL
 from tests.test_proposals import begin, issued, positions_of, report, small_space
 
@@ -240,3 +244,27 @@ def test_a_trial_that_only_waits_for_a_slot_costs_nothing(tmp_path: Path) -> Non
     driver.obey({"command": "stop", "trial": 0})
     assert driver.journal.state.trials[0].state == "pruned"
     assert gpu_hours(driver.journal.state, driver.in_flight, clock.now) == pytest.approx(600 / HOUR)
+
+
+def test_a_resume_with_a_spent_budget_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(config: SweepConfig) -> None:
+        raise AssertionError("a cluster is started")
+
+    monkeypatch.setattr("search.run.ray_cluster", start)
+
+    def rising(segment: Segment, mark: int) -> Outcome:
+        return Outcome({"knn_top1": mark / 1000})
+
+    folder = simulated_sweep(tmp_path, rising, trials=20, max_images=2_000)
+    before = (folder / FILE_NAME).read_bytes()
+    result = Sweep.open(folder).resume()
+    assert (result.state, result.why) == ("interrupted", "budget")
+    assert result.reason == "the budget of 2,000 images is spent"
+    assert result.unrecorded is None
+    assert (folder / FILE_NAME).read_bytes() == before
+    raised = (folder / "sweep.yaml").read_text().replace("max_images: 2000", "max_images: 9000")
+    (folder / "sweep.yaml").write_text(raised)
+    sweep = Sweep.open(folder)
+    assert not sweep._spent_still(load_state(folder / FILE_NAME))

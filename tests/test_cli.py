@@ -68,6 +68,10 @@ BAD_SWEEPS: dict[str, tuple[list[str], str]] = {
     "reduction of one": (["--reduction", "1"], "reduction"),
     "batch above the train split": (["--set", "batch_size=50000"], "batch_size"),
     "unknown sampler": (["--sampler", "nope"], "tpe"),
+    "grid points without a grid": (["--grid-points", "4"], "without --sampler grid"),
+    "end of no budget": (["--on-budget", "stop"], "without --max-hours"),
+    "grace of no scheduler": (["--scheduler", "none", "--grace", "2"], "--grace has no effect"),
+    "reduction of the median": (["--scheduler", "median", "--reduction", "2"], "--scheduler asha"),
     "unknown scheduler": (["--scheduler", "nope"], "asha"),
     "name with a slash": (["--name", "a/b"], "folder name"),
     "file store": (["--tracking-uri", "file:///tmp/x"], "unsupported tracking URI"),
@@ -156,7 +160,12 @@ def test_a_leaderboard_of_many_parameters_fits_a_terminal(
     def told(width: int) -> str:
         file = io.StringIO()
         monkeypatch.setattr(console, "out_console", Console(width=width, file=file))
-        row: dict[str, Any] = {"number": 3, "state": "pruned", "is_default": False, "audited": None}
+        row: dict[str, Any] = {
+            "number": 3,
+            "ending": "pruned",
+            "is_default": False,
+            "audited": None,
+        }
         row |= {"objective": 0.5, "epochs": 2.0, "loss": "align_uniform", "margin": None}
         row |= {f"parameter{number}": number for number in range(8)}
         console.print_leaderboard([row], "knn_top1")

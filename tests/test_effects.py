@@ -53,6 +53,17 @@ def test_values_are_compared_at_one_mark(recorded):
     )
 
 
+def test_a_trial_stopped_by_command_moves_no_mark(sweep_store, record_sweep, fake_trial):
+    by_command = {"reason": "stopped by command", "rung": ""}
+    trials = [
+        fake_trial(0, "completed", {"lr": 1e-3}, [0.1] * 8),
+        fake_trial(1, "pruned", {"lr": 1e-2}, [0.2], tags=by_command),
+    ]
+    record_sweep("cut short", trials)
+    mark, values = shared_mark(load_sweep(sweep_store, "cut short"))
+    assert (mark, list(values.index)) == (4_000, [0])
+
+
 def test_too_few_trials_are_said(sweep_store, record_sweep, fake_trial):
     few = [fake_trial(n, "completed", {"lr": 1e-3 * (n + 1)}, [0.1 * n] * 8) for n in range(5)]
     record_sweep("few", few)
@@ -87,10 +98,10 @@ def test_unknown_evaluator_lists_the_known(recorded):
 
 def test_parameter_frame_is_tidy(recorded):
     tidy = parameter_frame(recorded)
-    assert list(tidy.columns) == ["number", "state", "parameter", "setting", "objective", "mark"]
+    assert list(tidy.columns) == ["number", "ending", "parameter", "setting", "objective", "mark"]
     lr = tidy[tidy["parameter"] == "lr"].set_index("number")
     assert sorted(lr.index) == [*range(11), 13]  # those with a value
-    assert (lr.loc[4, "setting"], lr.loc[4, "state"], lr.loc[4, "mark"]) == (
+    assert (lr.loc[4, "setting"], lr.loc[4, "ending"], lr.loc[4, "mark"]) == (
         1.5e-4,
         "pruned",
         1_000,

@@ -102,6 +102,7 @@ def told_trials(state: SweepState, space: str) -> list[FrozenTrial]:
         modes=["max"],
         seed=0,
         objectives=["knn_top1"],
+        rungs=state.header["rungs"],
     )
     study.restore(list(state.trials.values()))
     return study._study.get_trials()

@@ -213,6 +213,8 @@ def test_a_grid_is_tried_once_in_a_drawn_order_and_then_ends(
     assert grid != grid_of(9, seed=4)
     with pytest.raises(ValueError, match="8 combinations, but 7 trials"):
         grid_of(8)
+    half = SweepConfig(sampler="grid", trials=20, seed=3, points=list(grid[:2]))
+    assert _grid(half, small_space(2, 2, 2), grid[-1]) == grid[2:-1]
     config: dict[str, Any] = {"sampler": "grid", "trials": 20, "grid": grid, "defaults": defaults}
     driver = begin(path, small_space(2, 2, 2), **config)
     Workers(driver, seed=0).run()

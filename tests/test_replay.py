@@ -23,9 +23,8 @@ from search.driver import Driver, Segment
 from search.journal import FILE_NAME, Journal
 from search.replay import RecordedTrial, Recording, Setting, replay, replay_order
 from search.replays import recording_of, settings_of
-from search.simulate import Outcome, Simulation, VirtualClock, begin_journal, start_simulated
-
-EPOCH = 100
+from search.simulate import Outcome, Simulation, VirtualClock, start_simulated
+from tests.simulated import EPOCH, simulated_sweep
 
 
 def trial(number: int, *values: float | None, **more: Any) -> RecordedTrial:
@@ -400,34 +399,7 @@ def test_figures_show_every_setting_with_its_range(rows: list[dict[str, Any]]) -
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a sweep with stopping, simulated, to be recorded in MLflow by the verb."""
-    out = tmp_path_factory.mktemp("runs")
-    fields = {"name": "swept", "out": str(out), "trials": 20, "epochs": 6, "sampler": "random"}
-    config = parse_sweep(fields)
-    folder, clock = out / "swept", VirtualClock(1.7e9)
-    folder.mkdir()
-    (folder / "sweep.yaml").write_text(config.to_yaml({}))
-    journal = Journal.create(folder / FILE_NAME, clock=clock, durable=False)
-    counts = {"train": EPOCH, "val": 30, "test": 20, "classes": 10, "skipped": 0}
-    begin_journal(
-        journal,
-        config,
-        workers=2,
-        total_images=600,
-        marks=range(EPOCH, 601, EPOCH),
-        rungs=(EPOCH, 3 * EPOCH),
-        sweep_id="replayed",
-        data=counts | {"name": "digits", "skipped_files": [], "digest": "d"},
-        space_sha256=None,
-        git_commit=None,
-        versions={"torch": "2"},
-        tracking="embedded",
-    )
-    driver = Driver.from_journal(
-        config, journal, lambda trial: {"lr": trial.suggest_float("lr", 0.1, 1)}, None, clock=clock
-    )
-    Simulation(driver, drawn, clock=clock, workers=2).run()
-    journal.append("sweep_finished", state="finished", reason="")
-    return folder
+    return simulated_sweep(tmp_path_factory.mktemp("runs"), drawn, trials=20)
 
 
 def contrasweep(*arguments: str | Path) -> str:

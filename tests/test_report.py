@@ -4,50 +4,21 @@ import csv
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
 from analysis.load import load_sweep
 from analysis.plots import best_so_far_figure, learning_curves, parameter_figure, rung_figure
-from analysis.report import format_duration, format_value, write_report
+from analysis.report import write_report
 from analysis.stopping import rung_table, saving
-from analysis.tables import level_rows, pareto_rows
+from analysis.tables import leaderboard_rows, level_rows
+from analysis.words import format_duration, format_value
+from tests.pages import Markup, headings, read
 
 SECTIONS = (
     *("Leaderboard", "Progress", "Parameters", "Importance", "Early stopping"),
     *("Failed trials", "Configuration and versions"),
 )
-
-
-class Markup(HTMLParser):
-    """What a browser sees: attributes, text outside scripts, ids and the scripts themselves."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.tags: list[str] = []
-        self.text, self.scripts, self._in = "", [], ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self._in = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self._in = ""
-
-    def handle_data(self, data):
-        if self._in == "script":
-            self.scripts[-1] += data
-        elif self._in != "style":
-            self.text += data
-
-    def figures(self) -> dict:
-        return json.loads(self.scripts[0])
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +32,6 @@ def page(recorded, tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def markup(page) -> Markup:
     return Markup(page)
-
-
-def read(sweep_store, name, tmp_path) -> Markup:
-    return Markup(write_report(load_sweep(sweep_store, name), tmp_path).read_text("utf-8"))
 
 
 def test_the_page_has_every_section(markup):
@@ -267,31 +234,106 @@ def test_numbers_for_the_eye():
     ]
 
 
-def test_a_sweep_of_several_objectives_shows_its_pareto_set(
+def test_a_warm_start_is_told_with_its_sweeps(sweep_store, record_sweep, markup, tmp_path):
+    record_sweep("warm", [], tags={"warm_start": json.dumps({"cifar": 37, "<b>old": 1})})
+    told = " ".join(read(sweep_store, "warm", tmp_path).text.split())
+    assert "began with 37 trials of sweep cifar and 1 trial of sweep <b>old;" in told
+    assert "Warm start" not in markup.text
+
+
+def test_brackets_are_a_column_where_there_are_several(
     sweep_store, record_sweep, fake_trial, tmp_path
 ):
     trials = [
-        fake_trial(
-            number,
-            "completed",
-            {"lr": 1e-3},
-            [value] * 8,
-            tags={"pareto": str(on_front).lower()},
-            metrics={"speed": speed},
-        )
-        for number, value, speed, on_front in [
-            (0, 0.5, 900.0, False),
-            (1, 0.6, 1234.0, True),
-            (2, 0.9, 777.0, True),
-        ]
+        fake_trial(n, "completed", {"lr": 1e-3 * (n + 1)}, [0.9 - n / 9] * 8, tags={"bracket": at})
+        for n, at in enumerate("102")
     ]
-    record_sweep("pareto", trials, tags={"also": json.dumps(["speed"])})
-    frames = load_sweep(sweep_store, "pareto")
-    rows = pareto_rows(frames)
-    assert [(row["number"], row["values"]) for row in rows] == [(2, [0.9, 777]), (1, [0.6, 1234])]
-    text = " ".join(Markup(write_report(frames, tmp_path).read_text("utf-8")).text.split())
-    assert "Of these 2 completed trials none is beaten by another in all of knn_top1 and" in text
-    assert "1234" in text or "1,234" in text
+    for brackets in ("3", "1"):
+        record_sweep(f"brackets {brackets}", trials, params={"brackets": brackets})
+    several, one = (read(sweep_store, f"brackets {n}", tmp_path / n) for n in "31")
+    assert "bracket" in headings(several, 1)
+    assert "bracket" not in headings(one, 1)
+    rows = leaderboard_rows(load_sweep(sweep_store, "brackets 3"))
+    assert [row["bracket"] for row in rows] == [1, 0, 2]
+    assert "Bracket 0 has all rungs" in several.text
+    assert "bracket" not in (tmp_path / "1" / "leaderboard.csv").read_text().splitlines()[0]
+
+
+def test_a_trial_stopped_by_command_is_never_called_stopped_early(
+    sweep_store, record_sweep, fake_trial, tmp_path
+):
+    by_command = {"reason": "stopped by command", "rung": ""}
+    trials = [
+        fake_trial(0, "completed", {"lr": 1e-3}, [0.5] * 8),
+        fake_trial(1, "pruned", {"lr": 1e-2}, [0.4], tags=by_command),
+        *(fake_trial(n, "completed", {"lr": 1e-4 * n}, [n / 30] * 8) for n in range(2, 12)),
+    ]
+    record_sweep("by hand", trials, tags={"rungs": "[]", "scheduler": "none"})
+    frames = load_sweep(sweep_store, "by hand")
+    saved = saving(frames)
+    assert (saved["stopped"], saved["by_command"], saved["samples_saved"]) == (0, 1, 0)
+    markup = read(sweep_store, "by hand", tmp_path)
+    text = " ".join(markup.text.split())
+    assert "stopped early" not in text
+    assert "early" not in json.dumps(markup.figures())
+    assert text.count("stopped by command") == 4  # card, leaderboard, legend, early stopping
+    assert "Values compared at the full resource" in text
+    curves = {trace.get("name") for trace in markup.figures()["s0-curves"]["data"]}
+    assert "stopped by command (1)" in curves
+    assert "stopped by command" in str(markup.figures()["s0-param-0"])
+    assert ",pruned," in (tmp_path / "leaderboard.csv").read_text()
+
+
+def test_pages_call_stopped_trials_stopped_early(markup):
+    text = " ".join(markup.text.split())
+    assert "6 stopped early" in text
+    assert text.count("pruned") == 1
+    assert "the state of a stopped trial is called pruned" in text
+    assert "pruned" not in json.dumps(markup.figures())
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "why"),
+    [
+        ("pruned", "weak", "where the default was stopped early"),
+        ("pruned", "stopped by command", "where the default was stopped by command"),
+        ("diverged", "nan", "the last report of the default, which failed"),
+        (None, "", "the furthest that both have reached"),
+    ],
+)
+def test_the_gain_is_told_where_the_default_ended(
+    sweep_store, record_sweep, fake_trial, tmp_path, state, reason, why
+):
+    trials = [
+        fake_trial(0, state, {"lr": 1e-3}, [0.3, 0.4], reason, is_default=True),
+        fake_trial(1, "completed", {"lr": 1e-2}, [0.35, 0.42, *[0.9] * 6]),
+    ]
+    record_sweep(f"default {why}", trials)
+    text = " ".join(read(sweep_store, f"default {why}", tmp_path).text.split())
+    told = f"+2.0 points at 1,000 images, {why}: trial 1 had 0.4200, trial 0, the default, 0.4000"
+    assert told in text
+    assert f"won with knn_top1 0.9000; at 1,000 images, {why}, it was 0.0200 better" in text
+    assert "it may be chance" in text  # of values at 1,000 images, not of the winner's last
+
+
+def test_what_tells_trials_apart_stands_first_in_the_leaderboard(
+    sweep_store, record_sweep, fake_trial, tmp_path
+):
+    trials = [
+        fake_trial(n, "completed", {"lr": 1e-3 * (n + 1), "batch_size": 64}, [0.9 - n / 9] * 8)
+        for n in range(3)
+    ]
+    record_sweep("constant", trials)
+    markup = read(sweep_store, "constant", tmp_path)
+    assert headings(markup, 1) == [
+        *("trial", "state", "knn_top1", "lr", "rank", "epochs", "images", "wall"),
+    ]
+    assert "The same in every trial: batch_size 64." in markup.text
+    assert ("div", "class", "box board") in markup.attributes
+    page = (tmp_path / "index.html").read_text("utf-8")
+    assert ".board td:first-child { position: sticky; left: 0;" in page
+    record_sweep("constant alone", trials[:1])
+    assert "batch_size" in headings(read(sweep_store, "constant alone", tmp_path), 1)
 
 
 def test_audited_trials_are_told_beside_what_was_not_to_be_stopped(
@@ -308,7 +350,7 @@ def test_audited_trials_are_told_beside_what_was_not_to_be_stopped(
         trial(3, [0.8] * 8, "nt_xent", audited="1000"),
         trial(4, [0.99] * 8, "byol", audited="1000"),  # alone in its level
         trial(5, [0.3] * 2, "nt_xent", "pruned"),
-        trial(6, [0.3] * 1, "nt_xent", "pruned", rung=""),  # by a command
+        trial(6, [0.3] * 1, "nt_xent", "pruned", rung="", reason="stopped by command"),
     ]
     record_sweep("audit", trials, tags={"stratify": "loss"})
     frames = load_sweep(sweep_store, "audit")

@@ -32,6 +32,7 @@ def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
 
 
@@ -110,21 +111,33 @@ def test_killed_twice_and_resumed_nothing_is_lost_or_doubled(tmp_path: Path) -> 
     check_whole(runs, 10)
 
 
-def test_ctrl_c_drains_and_says_how_to_go_on(tmp_path: Path) -> None:
-    process = start(tmp_path, *SWEEP[:-1])
-    wait_for(tmp_path / "runs" / "s", in_mid_sweep, process)
-    _, message = finish(start(tmp_path, "resume", "runs/s"), code=2)
-    assert "another process works on" in message
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "contrasweep resume" in err
-    state = load_state(tmp_path / "runs" / "s" / "events.jsonl")
-    assert state.ended is not None
-    assert state.ended["state"] == "interrupted"
-    for trial in state.unfinished():
-        assert trial.checkpoint_mark == max(trial.reports, default=0)
-    told, _ = finish(start(tmp_path, "resume", "runs/s", "--json"))
+def test_ctrl_c_and_the_end_of_a_batch_job_drain_and_say_how_to_go_on(tmp_path: Path) -> None:
+    """The latter signals the whole process group, Ray's servers with it if they were in it."""
+    process, seen = start(tmp_path, *SWEEP[:-1]), 0
+    for end in (signal.SIGINT, signal.SIGTERM):
+        wait_for(
+            tmp_path / "runs" / "s",
+            lambda state, seen=seen: in_mid_sweep(state) and len(state.reports) > seen,  # type: ignore[misc]
+            process,
+        )
+        _, message = finish(start(tmp_path, "resume", "runs/s"), code=2)
+        assert "another process works on" in message
+        assert "contrasweep status" in message
+        if end == signal.SIGINT:
+            process.send_signal(end)
+        else:
+            os.killpg(process.pid, end)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 130, err
+        assert "contrasweep resume" in err
+        state = load_state(tmp_path / "runs" / "s" / "events.jsonl")
+        assert state.ended is not None
+        assert state.ended["state"] == "interrupted"
+        for trial in state.unfinished():
+            assert trial.checkpoint_mark == max(trial.reports, default=0)
+        seen = len(state.reports)
+        process = start(tmp_path, "resume", "runs/s", "--json")
+    told, _ = finish(process)
     assert told["state"] == "finished"
     check_whole(tmp_path / "runs", 8)
 

@@ -173,6 +173,16 @@ def test_enqueue_into_a_stratified_sweep_names_its_stratum(tmp_path: Path, verbs
     assert len(CommandFile(sweep).after(0)) == 1
 
 
+def test_enqueue_into_some_levels_of_a_choice_asks_for_the_choice(
+    tmp_path: Path, verbs: Verbs
+) -> None:
+    sweep = sweep_in(tmp_path, stratify="optimizer=sgd,adamw")
+    assert "set it, too, such as --set optimizer=VALUE" in verbs.refused(
+        "enqueue", sweep, "--set", "lr=1e-3"
+    )
+    verbs.json("enqueue", sweep, "--set", "lr=1e-3", "--set", "optimizer=adamw")
+
+
 @pytest.mark.parametrize("now", ["changed", "broken", "gone"])
 def test_enqueue_reads_the_space_as_the_sweep_began(now: str, tmp_path: Path, verbs: Verbs) -> None:
     sweep = sweep_in(tmp_path)

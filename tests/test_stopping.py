@@ -51,6 +51,21 @@ def test_saved_is_what_stopped_trials_had_left(recorded):
     assert result["wall_s"] == pytest.approx(LEFT / 100)
 
 
+def test_who_waited_when_a_command_came_has_neither_passed_nor_been_stopped(
+    sweep_store, record_sweep, fake_trial
+):
+    def waiting(number, **tags):
+        paused = {"metrics": {"rung_pause": 1.0}, "decisions": {1_000: (0.5, 2, False)}}
+        return fake_trial(number, "pruned", {"lr": 1e-3}, [0.1, 0.2], tags=tags, **paused)
+
+    record_sweep("waiting", [waiting(0), waiting(1, rung="", reason="stopped by command")])
+    frames = load_sweep(sweep_store, "waiting")
+    first = rung_table(frames).iloc[0]
+    assert first[["arrived", "passed", "stopped"]].tolist() == [2, 0, 1]
+    assert (saving(frames)["stopped"], saving(frames)["by_command"]) == (1, 1)
+    assert saving(frames)["samples_saved"] == 4_000 - 1_024
+
+
 def test_pace_falls_back_to_images_per_s(recorded):
     frames = dataclasses.replace(recorded, trials=recorded.trials.assign(wall_s=math.nan))
     assert saving(frames)["slot_s"] == pytest.approx(LEFT / 62.5)

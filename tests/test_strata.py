@@ -265,3 +265,31 @@ def test_what_cannot_be_stratified_is_refused(fields: dict[str, Any], reason: st
     with pytest.raises(ValueError, match="optimizer") as caught:
         _strata(config, draws)
     assert reason in str(caught.value)
+
+
+def test_a_level_that_has_nothing_new_leaves_the_others_their_share(tmp_path: Path) -> None:
+    def few_of_sgd(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        optimizer = trial.suggest_categorical("optimizer", ["sgd", "adamw"])
+        if optimizer == "sgd":
+            return {"optimizer": optimizer, "batch_size": trial.suggest_categorical("b", [32, 64])}
+        return {"optimizer": optimizer, "lr": trial.suggest_float("lr", 1e-4, 1e-1, log=True)}
+
+    def start(path: Path) -> Driver:
+        strata = Strata("optimizer", ("sgd", "adamw"))
+        more: dict[str, Any] = {"defaults": None, "strata": strata, "stratify": "optimizer"}
+        return begin(path, few_of_sgd, trials=12, sampler="random", **more)
+
+    whole = tmp_path / "whole.jsonl"
+    driver = start(whole)
+    Workers(driver, seed=0).run()
+    levels = [str(trial.stratum) for trial in driver.journal.state.trials.values()]
+    assert Counter(levels) == {"sgd": 2, "adamw": 6}
+    assert driver.proposals.exhausted == "the space of sgd seems exhausted: draws repeat " + (
+        "earlier trials"
+    )
+    for position in positions_of(whole, "suggested"):
+        part = tmp_path / f"{position}.jsonl"
+        cut_before(whole, part, position)
+        again = start(part)
+        Workers(again, seed=0).run()
+        assert Counter(t.stratum for t in again.journal.state.trials.values()) == Counter(levels)

@@ -17,7 +17,8 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from analysis import load_sweep
+from analysis import leaderboard, load_sweep
+from search.endings import ending_of
 from search.journal import Journal
 from search.tracking import Recorder
 from search.uris import check_tracking_uri, redacted, refuse_credentials, without_credentials
@@ -25,14 +26,16 @@ from search.uris import check_tracking_uri, redacted, refuse_credentials, withou
 MARKS = [100, 200, 300]
 
 
-def write_sweep(folder: Path, trials: int = 4, sweep_id: str | None = None) -> Journal:
+def write_sweep(
+    folder: Path, trials: int = 4, sweep_id: str | None = None, **options: Any
+) -> Journal:
     """A small sweep's journal: trial 0 completed, 1 pruned, 2 diverged, the rest unfinished."""
     folder.mkdir(parents=True)
     (folder / "sweep.yaml").write_text("space: quick\n")
     journal = Journal.create(folder / "events.jsonl")
     config = {"name": folder.name, "trials": trials, "objective": "knn_top1", "space": "quick",
               "sampler": "tpe", "scheduler": "asha", "dataset": "digits", "reduction": 3,
-              "fixed": {"encoder": "conv_small"}}  # fmt: skip
+              "fixed": {"encoder": "conv_small"}, **options}  # fmt: skip
     journal.append(
         "sweep_started", schema=1, sweep_id=sweep_id or "id-" + folder.name, config=config,
         mode="max", total_images=300, marks=MARKS, rungs=[100], slots=2, space_sha256=None,
@@ -44,6 +47,7 @@ def write_sweep(folder: Path, trials: int = 4, sweep_id: str | None = None) -> J
         journal.append(
             "suggested", number=number, params={"lr": 0.1 * number}, distributions={},
             system_attrs={}, config={"lr": 0.1 * number, "seed": number}, default=number == 0,
+            bracket=number % 2,
         )  # fmt: skip
         report(journal, number, 100, 0.5 + 0.1 * number, stop=number == 1)
     report(journal, 0, 200, 0.8)
@@ -240,6 +244,52 @@ def test_what_the_recorder_writes_the_frames_hold(out: Path) -> None:
     assert decisions["mark"].tolist() == [100, 200, 300]
     assert decisions["competitors"].tolist() == [3, 2, 3]
     assert decisions["stop"].tolist() == [False, False, True]
+
+
+def test_brackets_are_recorded(out: Path) -> None:
+    write_sweep(out / "s1", brackets=2)
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    Recorder(out / "s1", uri).sync()
+    frames = load_sweep(uri, "s1")
+    assert frames.trials["bracket"].tolist() == [0, 1, 0, 1]
+    assert "bracket" in leaderboard(frames)
+
+
+def test_a_warm_start_is_recorded_with_its_sweeps(out: Path) -> None:
+    journal = write_sweep(out / "s1")
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    Recorder(out / "s1", uri).sync()
+    assert load_sweep(uri, "s1").info["warm_start"] == {}
+    for sweep, number in (("old", 3), ("older", 0), ("old", 5)):
+        journal.append(
+            "warm_trial", params={}, distributions={}, state="completed", reports={},
+            source={"sweep": sweep, "number": number},
+        )  # fmt: skip
+    Recorder(out / "s1", uri).sync()
+    assert load_sweep(uri, "s1").info["warm_start"] == {"old": 2, "older": 1}
+
+
+def test_further_objectives_are_recorded_before_the_end(out: Path) -> None:
+    objectives = {"also": ["peak_mem_bytes"], "sampler": "nsga2", "scheduler": "none"}
+    write_sweep(out / "s1", **objectives)
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    Recorder(out / "s1", uri).sync()
+    info = load_sweep(uri, "s1").info
+    assert (info["state"], info["also"], info["also_modes"]) == (
+        *("running", ("peak_mem_bytes",), ("min",)),
+    )
+
+
+def test_a_trial_stopped_by_command_is_told_from_one_that_the_scheduler_stopped(out: Path) -> None:
+    journal = write_sweep(out / "s1")
+    journal.append("command", command={"command": "stop", "trial": 3})
+    state, reason = ending_of(journal.state.trials[3], "knn_top1", 300)
+    journal.append("finished", number=3, state=state, reason=reason, mark=100)
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    Recorder(out / "s1", uri).sync()
+    trials = load_sweep(uri, "s1").trials
+    assert trials["state"].tolist() == ["completed", "pruned", "diverged", "pruned"]
+    assert trials["ending"].tolist() == ["completed", "pruned", "diverged", "by_command"]
 
 
 def test_a_recorder_that_gave_up_makes_no_more_runs(out: Path) -> None:

@@ -80,7 +80,13 @@ def history(space: Space, count: int) -> list[TrialState]:
 def ours(name: str, sampler: str, past: list[TrialState]) -> Callable[[Clock], float]:
     """Our study after `past`, as a function that asks once and returns the seconds of that."""
     study = Study(
-        "bench", SPACES[name], sampler=sampler, modes=["max"], seed=1, objectives=[OBJECTIVE]
+        "bench",
+        SPACES[name],
+        sampler=sampler,
+        modes=["max"],
+        seed=1,
+        objectives=[OBJECTIVE],
+        rungs=MARKS,
     )
     study.restore(past)
     numbers = iter(range(len(past), 2 * len(past)))

@@ -6,7 +6,7 @@ resource is within a point of the best has got there. `--scale` measures instead
 driver decides, and in how much memory. Not a benchmark of the suite: it runs for a quarter of an
 hour on one core, by hand.
 
-    python tests/bench/study_search.py [--seeds 30] [--families smooth,crossing] [--jobs 2]
+    python tests/bench/study_search.py [--seeds 30] [--first-seed 0] [--families smooth] [--jobs 2]
     python tests/bench/study_search.py --scale [--sampler tpe] [--trials 10000] [--workers 1000]
 
 Every run that fails to find it within the budget counts as worse than all that find it.
@@ -241,10 +241,10 @@ def read_results(path: Path | None) -> dict[tuple[str, str, int], dict[str, Any]
     return {(arm, family, seed): run for arm, family, seed, run in lines}
 
 
-def study(families: Sequence[str], seeds: int, jobs: int, path: Path | None) -> None:
+def study(families: Sequence[str], seeds: range, jobs: int, path: Path | None) -> None:
     """All arms on all families, and the tables."""
     finished = read_results(path)
-    wanted = [(arm, family, seed) for family in families for seed in range(seeds) for arm in ARMS]
+    wanted = [(arm, family, seed) for family in families for seed in seeds for arm in ARMS]
     missing = [key for key in wanted if key not in finished]
     with ProcessPoolExecutor(jobs) as pool:
         for key, run in zip(missing, pool.map(one_run, *zip(*missing, strict=True)), strict=True):
@@ -257,13 +257,13 @@ def study(families: Sequence[str], seeds: int, jobs: int, path: Path | None) -> 
     import ray
 
     print(
-        f"{seeds} seeds, {WORKERS} workers, budget {BUDGET / 1e6:.0f} million images, grace "
-        f"{GRACE:,} of {TOTAL:,}, reduction {REDUCTION}; {platform.machine()}, Python "
-        f"{platform.python_version()}, ray {ray.__version__}, optuna {optuna.__version__}"
+        f"seeds {seeds[0]} to {seeds[-1]}, {WORKERS} workers, budget {BUDGET / 1e6:.0f} million "
+        f"images, grace {GRACE:,} of {TOTAL:,}, reduction {REDUCTION}; {platform.machine()}, "
+        f"Python {platform.python_version()}, ray {ray.__version__}, optuna {optuna.__version__}"
     )
     report(
         {
-            (arm, family): [finished[arm, family, seed] for seed in range(seeds)]
+            (arm, family): [finished[arm, family, seed] for seed in seeds]
             for family in families
             for arm in ARMS
         }
@@ -302,6 +302,7 @@ def scale(sampler: str, trials: int, workers: int, promote: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, help="file of finished runs; they are kept")
@@ -316,7 +317,8 @@ def main() -> None:
         print(SCALE_HEADER)
         scale(options.sampler, options.trials, options.workers, options.promote)
     else:
-        study(options.families.split(","), options.seeds, options.jobs, options.results)
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        study(options.families.split(","), seeds, options.jobs, options.results)
 
 
 if __name__ == "__main__":
