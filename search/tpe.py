@@ -45,6 +45,8 @@ GOOD_SHARE, LEAST_GOOD, MOST_GOOD = 0.15, 3, 25
 RANDOM_SHARE = 0.1
 FAIR_SHARE = 0.75
 """Of the other suggestions, those that hold only trials against a good one that got as far."""
+NOT_YET = -1
+"""Values of an open trial that was not looked at."""
 
 
 class History:
@@ -61,7 +63,8 @@ class History:
         self._silent: set[int] = set()
         """Running trials that have no value at any rung yet."""
         self._infeasible: set[int] = set()
-        self._open: list[int] = []
+        self._open: dict[int, int] = {}
+        """Unfinished trials -> how many values each had when it was last looked at."""
         self._taken_in = 0
         self._counts = np.zeros(0, dtype=bool)
         """By number: whether the trial is learned from; failed and waiting ones are not."""
@@ -87,15 +90,21 @@ class History:
         trials = study._get_trials(deepcopy=False, use_cache=True)
         self._make_room(len(trials))
         waiting = [*self._open, *range(self._taken_in, len(trials))]
-        self._open, self._taken_in, self._silent = [], len(trials), set()
+        self._taken_in = len(trials)
         known = []
         for number in waiting:
-            trial = trials[number]
-            self._forget(number)
-            if not trial.state.is_finished():
-                self._open.append(number)
-            if number == current or trial.state == TrialState.WAITING:
+            trial, values = trials[number], len(trials[number].intermediate_values)
+            finished = trial.state.is_finished()
+            if not finished and self._open.get(number) == values:
                 continue
+            self._open.pop(number, None)
+            self._silent.discard(number)
+            self._forget(number)
+            if number == current or trial.state == TrialState.WAITING:
+                self._open[number] = NOT_YET
+                continue
+            if not finished:
+                self._open[number] = values
             self._rank(trial, study.direction)
             if trial.state != TrialState.FAIL:
                 known.append(trial)
