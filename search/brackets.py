@@ -47,6 +47,10 @@ class Brackets:
             self._rules[key] = self._make(bracket)
         self._of[number] = self._rules[key]
 
+    def rule_of(self, number: int) -> Rule:
+        """The rule by which trial `number` competes."""
+        return self._of[number]
+
     def report(self, number: int, mark: int, value: float | None) -> Decision:
         """Decide on trial `number` having reached `mark` images with `value`."""
         return self._of[number].report(number, mark, value)

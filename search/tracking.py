@@ -75,6 +75,20 @@ DEFAULTS = {name: info.default for name, info in TrainConfig.model_fields.items(
 STATUS = {"completed": "FINISHED", "pruned": "KILLED"}
 
 
+def connect(tracking_uri: str) -> MlflowClient:
+    """MLflow's client, which gives up soon, as it is asked again, and says little."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow.tracking import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # the making of tables is no news to the user
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
 class Recorder:
     """Uploads a sweep's journal on one background thread; see the module's text.
 
@@ -162,17 +176,7 @@ class Recorder:
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-            from mlflow.tracking import MlflowClient
-
-            for name in ("mlflow", "alembic"):  # the making of tables is no news to the user
-                logging.getLogger(name).setLevel(logging.WARNING)
-
-            self._client = MlflowClient(tracking_uri=self._uri)
+            self._client = connect(self._uri)
         return self._client
 
     def _check_not_given_up(self) -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import BaseTrial
+
 from search.config import parse_sweep
 from search.driver import Driver
 from search.journal import FILE_NAME, Journal
@@ -10,6 +12,10 @@ from search.simulate import Curve, Simulation, VirtualClock, begin_journal
 
 EPOCH = 100
 """Images."""
+
+
+def space(trial: BaseTrial) -> dict[str, Any]:
+    return {"lr": trial.suggest_float("lr", 0.1, 1)}
 
 
 def simulated_sweep(out: Path, curve: Curve, **fields: Any) -> Path:
@@ -35,9 +41,7 @@ def simulated_sweep(out: Path, curve: Curve, **fields: Any) -> Path:
         versions={"torch": "2"},
         tracking="embedded",
     )
-    driver = Driver.from_journal(
-        config, journal, lambda trial: {"lr": trial.suggest_float("lr", 0.1, 1)}, None, clock=clock
-    )
+    driver = Driver.from_journal(config, journal, space, None, clock=clock)
     Simulation(driver, curve, clock=clock, workers=2).run()
     spent = driver.spent is not None
     ended = {"state": "interrupted", "why": "budget"} if spent else {"state": "finished"}
