@@ -1,4 +1,4 @@
-# make demo    a sweep on the built-in digits, about a minute on two cores, and its report
+# make demo    a sweep on the built-in digits, about two minutes on two cores, and its report
 # make test    ruff, mypy, pytest
 # make bench   tests/bench/bench_*.py, one after another
 #

@@ -326,6 +326,6 @@ def _caveats(rows: Sequence[Row], about: Mapping[str, Any]) -> list[str]:
     if about["stopped"]:
         caveats.append(
             f"{about['stopped']} trials were stopped or cut off when they were recorded. A sweep "
-            "recorded with --scheduler none, or with --audit, makes better material."
+            "recorded with --scheduler none, or a larger --audit, makes better material."
         )
     return caveats

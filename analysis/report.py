@@ -34,7 +34,7 @@ from analysis.plots import (
     rung_figure,
 )
 from analysis.stopping import rung_table, saving
-from analysis.style import group_of, theme
+from analysis.style import group_of, robust_range, theme
 from analysis.tables import (
     Gain,
     default_number,
@@ -242,7 +242,8 @@ def _progress_figures(
         "trial, at whatever length. Weak reports lie outside the axis. Time counts from the "
         f"sweep's start, pauses included. {n}",
         "images": "The same over the work spent: images that all trials together had trained "
-        f"on, which does not depend on how many ran at once. {n}",
+        "on, which does not depend on how many ran at once. Weak reports lie outside here, too. "
+        f"{n}",
     }
     found = []
     for by in ("time", "images"):
@@ -250,6 +251,7 @@ def _progress_figures(
         found.append(_figure(figures, f"{prefix}-best-{by}", figure, captions[by]))
     rungs = " Vertical lines are the rungs." if frames.info["rungs"] else ""
     caption = f"Each line is a trial; the marker at its end tells how it ended.{rungs} {n}"
+    caption += _outside(frames, curves["value"])
     found.append(_figure(figures, f"{prefix}-curves", learning_curves(frames), caption))
     return found
 
@@ -262,12 +264,21 @@ def _parameter_figures(
     names = sorted(frames.parameters, key=lambda name: (order.get(name, len(order)), name))
     found = []
     for index, name in enumerate(names):
-        column = frames.trials.loc[frames.trials["objective"].notna(), f"param.{name}"]
-        n = int(column.notna().sum())
+        drawn = frames.trials["objective"].notna() & frames.trials[f"param.{name}"].notna()
+        n = int(drawn.sum())
         if n:
             figure = parameter_figure(frames, name)
-            found.append(_figure(figures, f"{prefix}-param-{index}", figure, f"n = {n} trials."))
+            caption = f"n = {n} trials.{_outside(frames, frames.trials.loc[drawn, 'objective'])}"
+            found.append(_figure(figures, f"{prefix}-param-{index}", figure, caption))
     return found
+
+
+def _outside(frames: SweepFrames, values: pd.Series[Any]) -> str:
+    """A sentence on those that the axis of the objective leaves out; empty if there are none."""
+    shown = robust_range([frames])
+    count = 0 if shown is None else int((~values.dropna().between(shown[0], shown[1])).sum())
+    lies = "lies" if count == 1 else "lie"
+    return f" {count} of them, weak ones, {lies} outside the axis." if count else ""
 
 
 def _comparison(sweeps: Sequence[SweepFrames], figures: dict[str, Any]) -> dict[str, Any]:

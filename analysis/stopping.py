@@ -47,7 +47,9 @@ def rung_table(frames: SweepFrames) -> pd.DataFrame:
     """
     decisions, trials = frames.decisions, frames.trials
     furthest = decisions.groupby("number")["mark"].transform("max") == decisions["mark"]
-    undecided = trials.loc[trials["ending"].isin((UNFINISHED, BY_COMMAND)), "number"]
+    undecided = trials.loc[
+        trials["ending"].isin((UNFINISHED, BY_COMMAND)) & trials["audited"].isna(), "number"
+    ]
     wait = decisions.loc[furthest & decisions["number"].isin(undecided), "number"]
     rungs = sorted({*frames.info["rungs"], *(int(mark) for mark in decisions["mark"])})
     times = frames.curves[frames.curves["metric"] == frames.info["objective"]]

@@ -16,16 +16,17 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.load import BY_COMMAND, FAILED_STATES, UNFINISHED, SweepFrames
+from analysis.words import ENDING_LABELS
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f7fc2", "#c8761a", "#12936c", "#bd5a98", "#858c99"
 
 ENDING_STYLE = {
     # ending: (what the reader is told, colour, marker)
-    "completed": ("completed", BLUE, "circle"),
-    "pruned": ("stopped early", ORANGE, "x"),
-    BY_COMMAND: ("stopped by command", ORANGE, "square-open"),
+    "completed": (ENDING_LABELS["completed"], BLUE, "circle"),
+    "pruned": (ENDING_LABELS["pruned"], ORANGE, "x"),
+    BY_COMMAND: (ENDING_LABELS[BY_COMMAND], ORANGE, "square-open"),
     "failed": ("failed", PURPLE, "triangle-up"),
-    UNFINISHED: ("unfinished", GREY, "diamond-open"),
+    UNFINISHED: (ENDING_LABELS[UNFINISHED], GREY, "diamond-open"),
 }
 DRAWN_ORDER = (UNFINISHED, "failed", BY_COMMAND, "pruned", "completed")
 """What matters most is drawn last, above all else."""

@@ -221,7 +221,7 @@ class LevelRow(TypedDict):
     trials: int
     completed: int
     images: int
-    first: float | None  # objective of its first trial, the level's default configuration
+    default: float | None  # objective of its default configuration, if that was completed
     best: float | None  # of its completed trials
     best_number: int | None
 
@@ -232,7 +232,7 @@ def level_rows(frames: SweepFrames) -> list[LevelRow]:
     rows = []
     for level, group in trials[trials["stratum"] != ""].groupby("stratum"):
         done = group[(group["state"] == "completed") & group["objective"].notna()]
-        first = group.sort_values("number").iloc[0]
+        default = done.loc[done["is_default"], "objective"]
         ranked = done.sort_values("objective", ascending=not higher)
         rows.append(
             LevelRow(
@@ -240,7 +240,7 @@ def level_rows(frames: SweepFrames) -> list[LevelRow]:
                 trials=len(group),
                 completed=len(done),
                 images=int(group["samples_seen"].sum()),
-                first=plain(first["objective"]) if first["state"] == "completed" else None,
+                default=None if default.empty else float(default.iloc[0]),
                 best=None if ranked.empty else float(ranked["objective"].iloc[0]),
                 best_number=None if ranked.empty else int(ranked["number"].iloc[0]),
             )

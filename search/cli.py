@@ -49,6 +49,7 @@ from search.options import (
 from search.replays import replays
 from search.steering import steering
 from search.train_verb import training
+from search.upkeep import upkeep
 
 if TYPE_CHECKING:
     from search.run import Sweep, SweepResult
@@ -60,7 +61,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distributed hyperparameter search for contrastive image pre-training.",
 )
-for verbs in (training, replays, steering, listings):
+for verbs in (training, replays, steering, upkeep, listings):
     app.add_typer(verbs)
 
 
@@ -182,6 +183,7 @@ def resume(
 @app.command()
 def status(directory: SweepDir, as_json: Json = False) -> None:
     """How far a sweep is: trials by state, unfinished ones, the best so far."""
+    from search.endings import counts_in_words
     from search.journal import FILE_NAME, load_state
     from search.run import is_running, sweep_folder
 
@@ -195,6 +197,7 @@ def status(directory: SweepDir, as_json: Json = False) -> None:
         "dir": str(directory),
         "state": "running" if is_running(directory) else ended,
         "reason": state.ended["reason"] if state.ended else state.budget_spent or "",
+        "why": state.ended.get("why", "") if state.ended else "",
         "planned": state.planned,
         "trials": state.counts(),
         "unfinished": [
@@ -215,7 +218,7 @@ def status(directory: SweepDir, as_json: Json = False) -> None:
     if as_json:
         print_json(answer)
         return
-    print_status(answer)
+    print_status(answer, counts_in_words(state))
 
 
 @app.command()
@@ -270,6 +273,13 @@ def _forecast(config: SweepConfig, as_json: bool, download: bool, cache_dir: Pat
         print_json(found.to_json())
     else:
         print_forecast(found)
+        if plan.strata.field is not None:
+            levels = plan.strata.names()
+            out_console.print(
+                f"each level of {plan.strata.field} ({', '.join(levels)}) gets "
+                f"{plan.trials // len(levels)} trials, and rungs of its own",
+                soft_wrap=True,
+            )
 
 
 def _carry_out(

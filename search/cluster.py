@@ -78,9 +78,11 @@ def _servers_in_their_own_groups() -> Iterator[None]:
     """
     from ray._private import services
 
-    popen = services.ConsolePopen
-    if sys.platform.startswith("linux"):
-        services.ConsolePopen = functools.partial(popen, process_group=0)
+    popen = getattr(services, "ConsolePopen", None)
+    if popen is None or not sys.platform.startswith("linux"):
+        yield
+        return
+    services.ConsolePopen = functools.partial(popen, process_group=0)
     try:
         yield
     finally:

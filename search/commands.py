@@ -102,8 +102,9 @@ class CommandFile:
             file.seek(self._offset)
             content = file.read()
         whole = content.rfind(b"\n") + 1
-        for line in content[:whole].split(b"\n")[:-1]:
-            self._commands.append(_parsed(line, len(self._commands) + 1))
+        for line in content[:whole].split(b"\n"):
+            if line:  # an empty one is of a writer that met another one in mid-write
+                self._commands.append(_parsed(line, len(self._commands) + 1))
         self._offset += whole
 
 

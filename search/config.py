@@ -112,7 +112,9 @@ class SweepConfig(BaseModel):
     grace: float = Field(1.0, gt=0, description="epochs before the first decision")
     reduction: int = Field(3, ge=2, le=16, description="one in this many goes on at a rung")
     min_competitors: int | None = Field(
-        None, ge=1, description="values at a rung before it decides; none: as many as `reduction`"
+        None,
+        ge=1,
+        description="values at a rung before it decides; none: `reduction`, of the median 3",
     )
     stratify: str | None = Field(
         None,
@@ -302,7 +304,8 @@ def parse_sweep(fields: dict[str, Any]) -> SweepConfig:
             raise ValueError(message) from None
         if first["type"] == "value_error":
             raise ValueError(f"{name}: {message}") from None
-        raise ValueError(f"{name}: {message}, got {first['input']!r}") from None
+        message = message.replace("Input should be", "must be")
+        raise ValueError(f"{name} {message}, got {first['input']!r}") from None
 
 
 def read_sweep_yaml(path: Path) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from search.endings import WORDS
 
 if TYPE_CHECKING:
     from search.run import SweepResult
@@ -145,10 +144,9 @@ def print_result(result: SweepResult, rows: list[dict[str, Any]]) -> None:
         out_console.print(result.reason, markup=False, soft_wrap=True)
 
 
-def print_status(answer: dict[str, Any]) -> None:
-    """How far a sweep is, from what `status --json` prints."""
-    told = (f"{count} {WORDS.get(name, name)}" for name, count in answer["trials"].items())
-    counts = ", ".join(told) or "none yet"
+def print_status(answer: dict[str, Any], told: Mapping[str, int]) -> None:
+    """How far a sweep is, from what `status --json` prints, and what is `told` of its trials."""
+    counts = ", ".join(f"{count} {name}" for name, count in told.items()) or "none yet"
     out_console.print(f"{answer['name']}: {answer['state']}; of {answer['planned']}: {counts}")
     for trial in answer["unfinished"]:
         waits = ", waits for a promotion" if trial["waits"] else ""
@@ -159,7 +157,8 @@ def print_status(answer: dict[str, Any]) -> None:
     if answer["reason"]:
         out_console.print(answer["reason"], markup=False, soft_wrap=True)
     if answer["state"] == "interrupted":
-        out_console.print(f"go on with: contrasweep resume {answer['dir']}", soft_wrap=True)
+        first = "raise the budget in its sweep.yaml, then " if answer["why"] == "budget" else ""
+        out_console.print(f"{first}go on with: contrasweep resume {answer['dir']}", soft_wrap=True)
 
 
 def print_training(result: dict[str, Any]) -> None:

@@ -211,6 +211,8 @@ class Driver:
 
     def _suggest(self, number: int) -> TrialState | None:
         proposal = self.proposals.next(number)
+        while self.proposals.newly_exhausted:
+            self.journal.append("exhausted", stratum=self.proposals.newly_exhausted.pop(0))
         if proposal is None:
             return None
         self.journal.append("suggested", number=number, **proposal)
@@ -298,8 +300,7 @@ class Driver:
         """Whether the state behind this result is worth saving: not if the trial was stopped."""
         if self.crash or result["outcome"] != REPORT:
             return False
-        trial = self.journal.state.trials[int(result["number"])]
-        mark = int(result["mark"])
+        trial, mark = self.journal.state.trials[int(result["number"])], int(result["mark"])
         if trial.reports[mark]["decision"]["stop"]:
             return False
         if trial.stop_asked and mark < self.total_images:
@@ -337,8 +338,8 @@ class Driver:
         self.to_reissue[number] = None
 
     def _died(self, trial: TrialState, reason: str) -> None:
-        more = {"reason": reason, "of_memory": killed_for_memory(reason)}
-        self.journal.append("died", number=trial.number, attempt=trial.attempts, **more)
+        kind = {"reason": reason, "of_memory": killed_for_memory(reason)}
+        self.journal.append("died", number=trial.number, attempt=trial.attempts, **kind)
         if trial.memory_deaths > 1:  # once may be another process's fault
             self._finish(trial, "oom", reason[:MAX_REASON])
         elif trial.paused_at is not None:

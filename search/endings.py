@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from search.state import SweepState, TrialState
 
@@ -16,6 +17,11 @@ def in_words(trial: TrialState) -> str:
     """How a trial ended, for people; empty while it has not."""
     by_command = trial.state == "pruned" and trial.reason == BY_COMMAND
     return BY_COMMAND if by_command else WORDS.get(trial.state or "", trial.state or "")
+
+
+def counts_in_words(state: SweepState) -> dict[str, int]:
+    """How many trials ended in which way, those without an end as `unfinished`."""
+    return Counter(in_words(trial) or "unfinished" for trial in state.trials.values())
 
 
 def ending_of(trial: TrialState, objective: str, total_images: int) -> tuple[str, str]:

@@ -5,7 +5,7 @@ it. What a sweep knows (`SweepState`) is computed from these lines alone, so a d
 killed loses nothing that it had acted upon. A torn last line, left by a kill in mid-write, is
 dropped; anything else that is malformed is an error that names the line.
 
-Events: sweep_started, resumed, warm_trial, suggested, started, report, checkpoint,
+Events: sweep_started, resumed, warm_trial, suggested, exhausted, started, report, checkpoint,
 checkpoint_dropped, died, finished, command, budget_spent, sweep_finished. Left out: mirroring to
 other storage.
 """

@@ -332,10 +332,12 @@ def _grid(
     if config.sampler != "grid":
         return ()
     others = len(config.points) + int(config.default_trial)
+    given = [check_point(space, point) for point in config.points]
+    given += [dict(defaults)] if defaults is not None else []
     with _blaming_the_space(config.space):
-        points = grid(space, config.grid_points, max(0, config.trials - others))
+        points = grid(space, config.grid_points, max(0, config.trials - others), given)
     random.Random(derived_seed(config.seed, 0, "grid")).shuffle(points)
-    return tuple(each for each in points if each != defaults and each not in config.points)
+    return tuple(points)
 
 
 def _configuration(config: SweepConfig, space: Space, trial: optuna.trial.BaseTrial) -> TrainConfig:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -99,15 +99,18 @@ def read_points(path: Path, space: Space) -> list[Point]:
     return points
 
 
-def grid(space: Space, per_range: int, limit: int) -> list[Point]:
+def grid(
+    space: Space, per_range: int, limit: int, without: Sequence[Mapping[str, Any]] = ()
+) -> list[Point]:
     """Every combination of a space's values, depth first, each once; see `values_of`.
 
-    Of a conditional space these are exactly the combinations that its own conditions allow.
-    ValueError when there are more than `limit`; what the space itself raises is passed on.
+    Of a conditional space these are exactly the combinations that its own conditions allow, less
+    those `without` a turn. ValueError when there are more than `limit`; what the space itself
+    raises is passed on.
     """
     if per_range < 1:
         raise ValueError(f"--grid-points must be at least 1, got {per_range}")
-    combinations = _combinations(space, per_range)
+    combinations = (each for each in _combinations(space, per_range) if each not in without)
     points = list(itertools.islice(combinations, limit))
     beyond = sum(1 for _ in itertools.islice(combinations, max(1, COUNTED - limit)))
     if beyond:

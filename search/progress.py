@@ -17,15 +17,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from search.endings import WORDS, in_words
-from search.state import FINAL_STATES, SweepState, TrialState
+from search.endings import BY_COMMAND, WORDS, counts_in_words, in_words
+from search.state import SweepState, TrialState
 from trainer.config import TrainConfig
 
 REFRESH_S = 0.5
 SHOWN_TRIALS = 12
 DEFAULT_WARMUP = TrainConfig.model_fields["warmup"].default
-STYLES = {"completed": "green", "pruned": "yellow", "unfinished": "cyan"}
-SYMBOLS = {"completed": "✓", "pruned": "✂", "unfinished": "…"}
+STYLES = {
+    "completed": "green",
+    WORDS["pruned"]: "yellow",
+    BY_COMMAND: "yellow",
+    "unfinished": "cyan",
+}
+SYMBOLS = {"completed": "✓", WORDS["pruned"]: "✂", BY_COMMAND: "✂", "unfinished": "…"}
 
 
 def time_left_s(state: SweepState, now: float) -> float | None:
@@ -150,12 +155,11 @@ class SweepDisplay:
             state.wall_before_s + (state.last_time if state.ended else now) - state.session_started
         )
         left_s = None if state.ended else time_left_s(state, now)
-        counts = state.counts()
+        counts = counts_in_words(state)
         line = Text(f"{config['name']}  ", style="bold")
-        for name in (*FINAL_STATES, "unfinished"):
-            if counts.get(name):
-                shown = "under way" if name == "unfinished" else WORDS.get(name, name)
-                line.append(f"{counts[name]} {shown}  ", style=STYLES.get(name, "red"))
+        for name, count in sorted(counts.items()):
+            shown = "under way" if name == "unfinished" else name
+            line.append(f"{count} {shown}  ", style=STYLES.get(name, "red"))
         line.append(f"of {state.planned} trials", style="dim")
         images = state.samples_seen
         spent = Text(
@@ -171,7 +175,7 @@ class SweepDisplay:
             table.add_column(heading, justify=align, no_wrap=True)
         table.add_column("parameters")  # the only one that gives way on a narrow terminal
         for trial in _worth_showing(state, objective):
-            name = trial.state or "unfinished"
+            name = in_words(trial) or "unfinished"
             style = STYLES.get(name, "red")
             table.add_row(
                 f"{'★ ' if trial is best else ''}{trial.number}",

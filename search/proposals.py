@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -49,24 +49,23 @@ class Proposals:
         trials = list(state.trials.values())
         self._sources = Counter(trial.source for trial in trials)
         self._strata_counts = counts_of(trials)
-        self._done = {name for trial in trials for name in trial.exhausted}
+        self.newly_exhausted: list[str] = []
+        """Strata of which that was found and is not yet journaled."""
         self._seen = {_key(trial.config) for trial in trials}
+        self._tried = {_params_key(trial.params) for trial in trials}
         self.study = StratifiedStudy(space, strata, self._make_study)
         self.study.restore(trials, [WarmTrial.from_event(event) for event in state.warm])
 
     def next(self, number: int) -> dict[str, Any] | None:
         """The fields of trial `number`'s `suggested` event; None: nothing new, see `exhausted`."""
-        done: list[str] = []
         while (choice := self._choose(number)) is not None:
             source, stratum, point = choice
             suggestion = self.study.ask(
                 number, stratum, point, is_new=lambda fields: self._is_new(number, fields)
             )
             if suggestion is not None:
-                event = self._event(number, source, stratum, suggestion)
-                return {**event, "exhausted": done}
-            done.append(stratum)
-            self._done.add(stratum)
+                return self._event(number, source, stratum, suggestion)
+            self.newly_exhausted.append(stratum)
         return None
 
     def _event(
@@ -79,6 +78,7 @@ class Proposals:
             failure = failure or str(error)
             fields = self._config.base_fields()
         self._seen.add(_key(fields))
+        self._tried.add(_params_key(suggestion.params))
         self._sources[source] += 1
         if source != "enqueued":
             self._strata_counts[stratum] += 1
@@ -113,11 +113,12 @@ class Proposals:
         if self._state.enqueued:
             point = check_point(self._space, self._state.enqueued[0])
             return "enqueued", self._stratum_of(point), point
-        if self._done and not self._others_have_a_turn():
-            where = "" if self._strata.field is None else f" of {', '.join(sorted(self._done))}"
+        done = self._state.exhausted.union(self.newly_exhausted)
+        if done and not self._others_have_a_turn(done):
+            where = "" if self._strata.field is None else f" of {', '.join(sorted(done))}"
             self.exhausted = f"the space{where} seems exhausted: draws repeat earlier trials"
             return None
-        stratum = self._strata.next_name(self._strata_counts, self._config.seed, self._done)
+        stratum = self._strata.next_name(self._strata_counts, self._config.seed, done)
         if number == 0 and self._defaults:
             stratum = self._default_stratum
         if self._defaults and not self._strata_counts[stratum]:
@@ -127,19 +128,19 @@ class Proposals:
             point = check_point(self._space, points[self._sources["point"]])
             return "point", self._stratum_of(point), point
         if self._config.sampler == "grid":
-            done = self._sources["grid"]
-            if done == len(self._grid):
-                self.exhausted = f"all {done} points of the grid were tried"
-                return None
-            return "grid", self._stratum_of(self._grid[done]), self._grid[done]
+            untried = (each for each in self._grid if _params_key(each) not in self._tried)
+            if (each := next(untried, None)) is not None:
+                return "grid", self._stratum_of(each), each
+            self.exhausted = f"all {len(self._grid)} points of the grid were tried"
+            return None
         return "sampler", stratum, None
 
-    def _others_have_a_turn(self) -> bool:
-        """Whether a stratum that is not exhausted has fewer trials than its even share."""
+    def _others_have_a_turn(self, done: Collection[str]) -> bool:
+        """Whether a stratum that is not `done` has fewer trials than its even share."""
         names = self._strata.names()
         enqueued = self._sources["enqueued"] + len(self._state.enqueued)
         share = (self._state.planned - enqueued) // len(names)
-        return any(self._strata_counts[name] < share for name in names if name not in self._done)
+        return any(self._strata_counts[name] < share for name in names if name not in done)
 
     def _stratum_of(self, point: Mapping[str, Any]) -> str:
         return (
@@ -190,3 +191,7 @@ class Proposals:
 def _key(fields: Mapping[str, Any]) -> str:
     """What makes two configurations the same: all fields but the trial's seed."""
     return json.dumps({**fields, "seed": None}, sort_keys=True, default=str)
+
+
+def _params_key(params: Mapping[str, Any]) -> str:
+    return json.dumps(dict(params), sort_keys=True, default=str)

@@ -83,7 +83,7 @@ class Recording:
             raise ValueError(
                 f"no trial was recorded to its full {self.total_images:,} images with a finite "
                 f"{self.objective}, so nothing tells which one was best; record a sweep with "
-                "--scheduler none, or with --audit"
+                "--scheduler none, or a larger --audit"
             )
 
     @property
@@ -263,6 +263,7 @@ class RecordedProposals:
     ) -> None:
         self._config, self._rungs, self._order = config, rungs, order
         self.exhausted: str | None = None
+        self.newly_exhausted: list[str] = []
         self.study = RecordedStudy()
 
     def next(self, number: int) -> dict[str, Any]:

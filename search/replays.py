@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", int, float)
 USUAL_GRACES = (1.0, 2.0, 4.0)
-BETTER = "a sweep recorded with --scheduler none, or with --audit, makes better material"
+BETTER = "a sweep recorded with --scheduler none, or a larger --audit, makes better material"
 
 replays = typer.Typer()
 
@@ -218,7 +218,7 @@ def _print_about(rows: list[Row], about: dict[str, Any]) -> None:
     lines = [
         f"{about['shuffles']} orders of {about['trials']} trials ({about['in_full']} known to the "
         f"full resource, {about['failed']} failed), {about['workers']} at once; means, and in "
-        "brackets the middle 95 of 100 orders, of survival the 95 % interval; regret: final "
+        "brackets the middle 95 % of the orders, of survival the 95 % interval; regret: final "
         f"{about['objective']} of the best trial less that of the one chosen",
     ]
     if about["min_competitors"] is not None:

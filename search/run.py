@@ -196,8 +196,16 @@ class Sweep:
         state = load_state(self.dir / FILE_NAME)
         commands = CommandFile(self.dir)
         asked = commands.after(commands.still_taken(state.commands_taken))
+        spent_still = not asked and self._spent_still(state)
+        if spent_still and trials:
+            raise ValueError(
+                f"{state.ended and state.ended['reason']}: raise it in {self.dir / 'sweep.yaml'} "
+                "before you ask for more trials"
+            )
         finished = state.ended and state.ended["state"] == "finished" and not trials
-        if not asked and (finished or self._spent_still(state)):
+        if spent_still or (finished and not asked):
+            if finished:
+                self._on_note("the sweep is finished; --trials adds more trials")
             self.record_rest()
             return self._result(state, None)
         with locked(self.dir, f"see 'contrasweep status {self.dir}', or wait for it"):

@@ -33,8 +33,6 @@ class TrialState:
     stratum: str = ""
     bracket: int = 0
     redraws: int = 0
-    exhausted: tuple[str, ...] = ()
-    """Strata that were found to have nothing new when it was suggested."""
     failure: str | None = None
     """Why the space gave no configuration."""
     study_attrs: dict[str, Any] = field(default_factory=dict)
@@ -132,6 +130,8 @@ class SweepState:
     enqueued: list[dict[str, Any]] = field(default_factory=list)
     """Parameters that a user asked for in mid-sweep, and that are still to be tried."""
     planned: int = 0
+    exhausted: set[str] = field(default_factory=set)
+    """Strata that were found to have nothing new, until more trials are planned."""
     slots: int = 0
     """Segments that run at once, as of the last start or resume."""
     budget_spent: str | None = None
@@ -227,6 +227,8 @@ def _on_sweep_started(state: SweepState, event: Event) -> None:
 
 
 def _on_resumed(state: SweepState, event: Event) -> None:
+    if int(event["trials"]) > state.planned:
+        state.exhausted.clear()
     state.planned = int(event["trials"])
     state.slots = int(event["slots"])
     state.gpus_per_trial = float(event.get("gpus_per_trial", state.gpus_per_trial))
@@ -257,13 +259,16 @@ def _on_suggested(state: SweepState, event: Event) -> None:
         stratum=str(event.get("stratum", "")),
         bracket=int(event.get("bracket", 0)),
         redraws=int(event.get("redraws", 0)),
-        exhausted=tuple(event.get("exhausted", ())),
         failure=event.get("failure"),
         study_attrs=event.get("study_attrs", {}),
     )
     state.open[number] = state.trials[number]
     if state.trials[number].source == "enqueued":
         state.enqueued.pop(0)
+
+
+def _on_exhausted(state: SweepState, event: Event) -> None:
+    state.exhausted.add(str(event["stratum"]))
 
 
 def _on_started(state: SweepState, event: Event) -> None:
@@ -367,6 +372,7 @@ _HANDLERS: dict[str, Callable[[SweepState, Event], None]] = {
     "resumed": _on_resumed,
     "warm_trial": _on_warm_trial,
     "suggested": _on_suggested,
+    "exhausted": _on_exhausted,
     "started": _on_started,
     "report": _on_report,
     "checkpoint": _on_checkpoint,

@@ -150,7 +150,6 @@ class Study:
         self._seed = seed
         self._objectives = tuple(objectives)
         self._ids: dict[int, int] = {}
-        self._thrown_away = 0
         self._study = optuna.create_study(
             study_name=name,
             directions=["maximize" if mode == "max" else "minimize" for mode in modes],
@@ -187,7 +186,6 @@ class Study:
                 self._ids[number] = trial._trial_id
                 return self._suggestion(number, fields, failure, before, redraws)
             self._study.tell(trial, state=OptunaState.FAIL)
-        self._thrown_away += REDRAWS
         return None
 
     def _suggestion(
@@ -198,7 +196,6 @@ class Study:
         attrs_before: set[str],
         redraws: int,
     ) -> Suggestion:
-        redraws, self._thrown_away = redraws + self._thrown_away, 0
         frozen = self._frozen(number)
         new = {k: v for k, v in self._study_attrs().items() if k not in attrs_before}
         return Suggestion(

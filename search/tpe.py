@@ -39,7 +39,8 @@ Params = Callable[[FrozenTrial, Study], dict[str, Any]]
 Numbers = NDArray[np.intp]
 
 ENOUGH = 10
-"""Values at a rung from which on it is learned from; before that, suggestions are random."""
+"""Values at a rung from which on it is learned from; before that, suggestions are random. At the
+first rung failures count, too: where most of a space fails, they are what there is to learn."""
 GOOD_SHARE, LEAST_GOOD, MOST_GOOD = 0.15, 3, 25
 """How many of a rung's values are good ones: BOHB's share, and Optuna's upper limit."""
 RANDOM_SHARE = 0.1
@@ -79,7 +80,10 @@ class History:
     @property
     def rung(self) -> int | None:
         """The rung to be learned from; None while none has enough values."""
-        enough = (rung for rung, ranked in self._ranked.items() if len(ranked) >= ENOUGH)
+        enough = [rung for rung, ranked in self._ranked.items() if len(ranked) >= ENOUGH]
+        first, values = next(iter(self._ranked.items()))
+        if len(values) >= LEAST_GOOD and len(values) + len(self._infeasible) >= ENOUGH:
+            enough.append(first)
         return max(enough, default=None)
 
     def update(self, study: Study, current: int, drawn: Params) -> None:
@@ -118,7 +122,8 @@ class History:
         These are all others, or, with `as_far`, those that got to the same rung, infeasible ones
         and those that run without a value yet.
         """
-        ranked = self._ranked[self.rung] if self.rung is not None else []
+        assert self.rung is not None
+        ranked = self._ranked[self.rung]
         count = min(MOST_GOOD, max(LEAST_GOOD, math.ceil(GOOD_SHARE * len(ranked))))
         good = np.zeros_like(self._counts)
         good[[number for _, number in ranked[:count]]] = True

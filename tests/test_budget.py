@@ -263,6 +263,8 @@ def test_a_resume_with_a_spent_budget_starts_nothing(
     assert (result.state, result.why) == ("interrupted", "budget")
     assert result.reason == "the budget of 2,000 images is spent"
     assert result.unrecorded is None
+    with pytest.raises(ValueError, match=r"raise it in .* before you ask for more trials"):
+        Sweep.open(folder).resume(trials=7)
     assert (folder / FILE_NAME).read_bytes() == before
     raised = (folder / "sweep.yaml").read_text().replace("max_images: 2000", "max_images: 9000")
     (folder / "sweep.yaml").write_text(raised)

@@ -18,7 +18,7 @@ def test_a_sweep_of_several_objectives_shows_its_pareto_set(
         fake_trial(
             number,
             "completed",
-            {"lr": 1e-3},
+            {"lr": value / 100} if number == 1 else {"lr": 1e-3, "margin": value},
             [value] * 8,
             tags={"pareto": str(on_front).lower()},
             metrics={"speed": speed},
@@ -38,6 +38,7 @@ def test_a_sweep_of_several_objectives_shows_its_pareto_set(
     text = " ".join(markup.text.split())
     assert "Of these 2 completed trials none is beaten by another in all of knn_top1 and" in text
     assert headings(markup, 1)[:4] == ["trial", "state", "knn_top1", "speed"]
+    assert "0.006" in markup.text  # lr of trial 1, which has no margin
     assert "s0-pareto" in markup.figures()
     figure = pareto_figure(frames)
     assert figure is not None

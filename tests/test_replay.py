@@ -250,7 +250,7 @@ def test_settings_that_the_records_cannot_tell_of_are_refused(setting: Setting, 
 
 
 def test_records_without_a_full_trial_are_refused() -> None:
-    with pytest.raises(ValueError, match="--scheduler none, or with --audit"):
+    with pytest.raises(ValueError, match="--scheduler none, or a larger --audit"):
         recording(trial(0, 0.1), trial(1, 0.1, 0.2, None))
     with pytest.raises(ValueError, match="shuffles must be at least 1, got 0"):
         replay(FOUR, [Setting()], shuffles=0)
@@ -374,7 +374,7 @@ def test_the_page_is_whole_offline_and_escaped(rows: list[dict[str, Any]], tmp_p
     assert not re.search(r"<(script|link|img|iframe)[^>]*\s(src|href)=", page)
     assert page.count("Plotly.newPlot(") >= 2
     assert page.count("n = 30 orders of 4 trials, of which 4 are known") >= 3
-    assert "--scheduler none, or with --audit" in page
+    assert "--scheduler none, or a larger --audit" in page
     assert [path.name for path in out.parent.iterdir()] == ["replay.html"]
     write_replay(rows, named, out)
     assert out.read_text("utf-8") == page
@@ -426,7 +426,7 @@ def test_the_verb_prints_and_writes_what_it_found(folder: Path) -> None:
     assert told["page"] == str(page)
     assert "of 20 trials" in page.read_text("utf-8")
     text = contrasweep("replay", folder, *options, "--seed", "1")
-    assert "--scheduler none, or with --audit" in " ".join(text.split())
+    assert "--scheduler none, or a larger --audit" in " ".join(text.split())
     assert text.count("asha") == 2
     with pytest.raises(ValueError, match="grace must be at most the 6 epochs"):
         contrasweep("replay", folder, "--grace", "7")

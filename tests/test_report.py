@@ -346,7 +346,7 @@ def test_audited_trials_are_told_beside_what_was_not_to_be_stopped(
     trials = [
         trial(0, [0.5] * 8, "margin"),
         trial(1, [0.7] * 8, "margin", audited="1000"),  # would have won its level
-        trial(2, [0.9] * 8, "nt_xent"),
+        trial(2, [0.9] * 8, "nt_xent", default="true"),
         trial(3, [0.8] * 8, "nt_xent", audited="1000"),
         trial(4, [0.99] * 8, "byol", audited="1000"),  # alone in its level
         trial(5, [0.3] * 2, "nt_xent", "pruned"),
@@ -361,6 +361,6 @@ def test_audited_trials_are_told_beside_what_was_not_to_be_stopped(
     assert list(at_first[["arrived", "passed", "stopped", "audited"]]) == [6, 2, 1, 3]
     levels = [(r["level"], r["trials"], r["best"], r["best_number"]) for r in level_rows(frames)]
     assert levels == [("byol", 1, 0.99, 4), ("nt_xent", 4, 0.9, 2), ("margin", 2, 0.7, 1)]
-    assert [row["first"] for row in level_rows(frames)] == [0.99, 0.9, 0.5]
+    assert [row["default"] for row in level_rows(frames)] == [None, 0.9, None]
     text = " ".join(read(sweep_store, "audit", tmp_path).text.split())
-    assert "Of the 2 that completed beside trials which were not to be stopped, 1 ended" in text
+    assert "Of the 2 that can be compared, 1 ended above every trial that was not to be" in text

@@ -58,7 +58,12 @@ def test_who_waited_when_a_command_came_has_neither_passed_nor_been_stopped(
         paused = {"metrics": {"rung_pause": 1.0}, "decisions": {1_000: (0.5, 2, False)}}
         return fake_trial(number, "pruned", {"lr": 1e-3}, [0.1, 0.2], tags=tags, **paused)
 
-    record_sweep("waiting", [waiting(0), waiting(1, rung="", reason="stopped by command")])
+    by_command = {"rung": "", "reason": "stopped by command"}
+    audited = waiting(2, **by_command, audited="1000")  # waited, ran on as an audit, was stopped
+    record_sweep("audited", [waiting(0), waiting(1, **by_command), audited])
+    first = rung_table(load_sweep(sweep_store, "audited")).iloc[0]
+    assert first[["arrived", "passed", "stopped", "audited"]].tolist() == [3, 0, 1, 1]
+    record_sweep("waiting", [waiting(0), waiting(1, **by_command)])
     frames = load_sweep(sweep_store, "waiting")
     first = rung_table(frames).iloc[0]
     assert first[["arrived", "passed", "stopped"]].tolist() == [2, 0, 1]

@@ -293,3 +293,27 @@ def test_a_level_that_has_nothing_new_leaves_the_others_their_share(tmp_path: Pa
         again = start(part)
         Workers(again, seed=0).run()
         assert Counter(t.stratum for t in again.journal.state.trials.values()) == Counter(levels)
+
+
+def test_an_exhausted_space_stays_so_after_a_resume(tmp_path: Path) -> None:
+    """Also when a user's own trial came in between, which moves the next number on."""
+
+    def of_two(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        return {"batch_size": trial.suggest_categorical("batch_size", [32, 64])}
+
+    more: dict[str, Any] = {"defaults": None, "trials": 12, "sampler": "random"}
+    whole = tmp_path / "whole.jsonl"
+    driver = begin(whole, of_two, **more)
+    Workers(driver, seed=0).run()
+    driver.obey({"command": "enqueue", "params": {"batch_size": 32}})
+    Workers(driver, seed=0).run()
+    assert len(driver.journal.state.trials) == 3
+    events = list(read_events(whole))
+    exhausted = next(at for at, each in enumerate(events) if each["event"] == "exhausted")
+    for position in range(exhausted + 1, len(events)):
+        part = tmp_path / f"{position}.jsonl"
+        cut_before(whole, part, position)
+        again = begin(part, of_two, **more)
+        Workers(again, seed=0).run()
+        taken = any(each["event"] == "command" for each in events[:position])
+        assert len(again.journal.state.trials) == 2 + taken

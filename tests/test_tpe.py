@@ -34,7 +34,11 @@ def is_ranked(trial: FrozenTrial, rung: int) -> bool:
 
 
 def rung_of(trials: list[FrozenTrial]) -> int | None:
-    enough = [rung for rung in RUNGS if sum(is_ranked(trial, rung) for trial in trials) >= 10]
+    ranked = {rung: sum(is_ranked(trial, rung) for trial in trials) for rung in RUNGS}
+    failed = sum(bool(trial.constraints) for trial in trials)
+    enough = [rung for rung in RUNGS if ranked[rung] >= 10]
+    if ranked[RUNGS[0]] >= 3 and ranked[RUNGS[0]] + failed >= 10:
+        enough.append(RUNGS[0])
     return max(enough, default=None)
 
 

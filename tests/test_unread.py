@@ -21,11 +21,23 @@ from trainer.unread import MAGNITUDES, check_read, unread_fields
 @pytest.mark.parametrize(
     ("given", "more", "message"),
     [
-        ("margin", {}, r"^margin has no effect: loss=nt_xent does not read it \(margin would\)"),
-        ("temperature", {"loss": "vicreg"}, r"loss=vicreg does not read it \(nt_xent, info_nce"),
-        ("queue_size", {}, r"\(info_nce would\)"),
-        ("momentum", {}, r"optimizer=adamw does not read it \(sgd, lars would\)"),
-        ("cooldown", {"schedule": "cosine"}, r"schedule=cosine does not read it \(wsd would\)"),
+        (
+            "margin",
+            {},
+            r"^margin has no effect: loss=nt_xent does not read it \(loss=margin would\)",
+        ),
+        (
+            "temperature",
+            {"loss": "vicreg"},
+            r"loss=vicreg does not read it \(loss=nt_xent, info_nce",
+        ),
+        ("queue_size", {}, r"\(loss=info_nce would\)"),
+        ("momentum", {}, r"optimizer=adamw does not read it \(optimizer=sgd, lars would\)"),
+        (
+            "cooldown",
+            {"schedule": "cosine"},
+            r"schedule=cosine does not read it \(schedule=wsd would\)",
+        ),
         ("rotation", {}, "the chance of rotation is 0; leave it out$"),
         ("flip_p", {"augment": "crop"}, "augment=crop leaves flip out"),
         ("strength", {"augment": "crop,flip"}, "there is no jitter, grayscale, blur or solarize"),

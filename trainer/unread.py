@@ -59,7 +59,7 @@ def _unread_of_choice(
     unread = {}
     for field in sorted({field for each in fields.values() for field in each} - set(read)):
         readers = ", ".join(name for name, each in fields.items() if field in each)
-        unread[field] = f"{choice}={chosen} does not read it ({readers} would)"
+        unread[field] = f"{choice}={chosen} does not read it ({choice}={readers} would)"
     return unread
 
 
