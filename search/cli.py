@@ -126,6 +126,9 @@ def sweep(
     memory_per_trial: Annotated[
         float | None, sweep_option("memory_per_trial", "--memory-per-trial", metavar="GIB")
     ] = None,
+    max_concurrent: Annotated[
+        int | None, sweep_option("max_concurrent", "--max-concurrent")
+    ] = None,
     max_hours: Annotated[float | None, sweep_option("max_hours", "--max-hours")] = None,
     max_gpu_hours: Annotated[float | None, sweep_option("max_gpu_hours", "--max-gpu-hours")] = None,
     max_images: Annotated[int | None, sweep_option("max_images", "--max-images")] = None,
@@ -141,6 +144,9 @@ def sweep(
     ] = False,
     address: Annotated[str | None, sweep_option("address", "--address")] = None,
     tracking_uri: Annotated[str | None, sweep_option("tracking_uri", "--tracking-uri")] = None,
+    offline_tracking: Annotated[
+        bool | None, sweep_option("offline_tracking", "--offline-tracking/--no-offline-tracking")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Search: try many configurations, stop the weak ones early, report."""

@@ -122,7 +122,8 @@ class Slots:
                 by_cpu = int(have.get("CPU", 0.0) / cpus + 1e-9)
                 by_gpu = int(have.get("GPU", 0.0) / gpus + 1e-9) if gpus else by_cpu
                 fits += min(by_cpu, by_gpu)
-            self._asked_at, self._count = time.monotonic(), max(1, fits)
+            most = self._config.max_concurrent or fits
+            self._asked_at, self._count = time.monotonic(), max(1, min(fits, most))
         return self._count
 
 

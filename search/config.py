@@ -134,6 +134,9 @@ class SweepConfig(BaseModel):
     gpus_per_trial: float | None = Field(
         None, ge=0, description="none: 0.25 where the cluster has GPUs, else 0"
     )
+    max_concurrent: int | None = Field(
+        None, ge=1, description="trials at once at most; none: what the cluster holds"
+    )
     memory_per_trial: float | None = Field(
         None, gt=0, description="GiB of main memory that a trial may take; none: no limit"
     )
@@ -145,6 +148,9 @@ class SweepConfig(BaseModel):
     )
     address: str | None = Field(None, description="Ray cluster; none: this machine alone")
     tracking_uri: str | None = Field(None, description="MLflow; none: OUT/mlflow.db")
+    offline_tracking: bool = Field(
+        False, description="start though the tracking server does not answer; upload later"
+    )
 
     @field_validator("objective", mode="after")
     @classmethod

@@ -40,6 +40,7 @@ from search.state import SCHEMA, SweepState
 from search.tracking import Recorder
 from search.tune_run import TRIALS, draining_on_signal, run_on_tune
 from search.uris import (
+    check_reachable,
     check_tracking_uri,
     credentials_into_environment,
     default_tracking_uri,
@@ -141,6 +142,8 @@ class Sweep:
     def run(self) -> SweepResult:
         """Start the sweep and see it through; a folder that exists is an error."""
         plan, warm = self.plan()
+        if not self.config.offline_tracking:
+            check_reachable(self.tracking_uri)
         with ray_cluster(self.config) as slots, self._writing(plan) as journal:
             journal.append(
                 "sweep_started",
@@ -196,14 +199,11 @@ class Sweep:
         state = load_state(self.dir / FILE_NAME)
         commands = CommandFile(self.dir)
         asked = commands.after(commands.still_taken(state.commands_taken))
-        spent_still = not asked and self._spent_still(state)
-        if spent_still and trials:
-            raise ValueError(
-                f"{state.ended and state.ended['reason']}: raise it in {self.dir / 'sweep.yaml'} "
-                "before you ask for more trials"
-            )
+        spent = None if asked else self._spent_still(state)
+        if spent and trials:
+            raise ValueError(f"{spent}: raise it in sweep.yaml before you ask for more trials")
         finished = state.ended and state.ended["state"] == "finished" and not trials
-        if spent_still or (finished and not asked):
+        if spent or (finished and not asked):
             if finished:
                 self._on_note("the sweep is finished; --trials adds more trials")
             self.record_rest()
@@ -228,14 +228,14 @@ class Sweep:
                 )
                 return self._drive(plan, journal, slots)
 
-    def _spent_still(self, state: SweepState) -> bool:
-        """Whether the sweep ended by a budget that leaves nothing to do as long as it stands."""
+    def _spent_still(self, state: SweepState) -> str | None:
+        """The budget by which the sweep ended, if it leaves nothing to do as long as it stands."""
         if not state.ended or state.ended.get("why") != "budget":
-            return False
+            return None
         cut_off = any(trial.paused_at is None for trial in state.open.values())
         if cut_off and self.config.on_budget == "drain":
-            return False  # these may go on to their end
-        return spent_budget(self.config, state, (), state.last_time) is not None
+            return None  # these may go on to their end
+        return spent_budget(self.config, state, (), state.last_time)
 
     def _tracking(self) -> str:
         embedded = self.tracking_uri == embedded_tracking_uri(self.dir.parent)

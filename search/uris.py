@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.request import urlopen
 
+ANSWER_S = 10.0
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 SECRET_KEYS = ("password", "passwd", "pwd", "token", "secret", "user", "username", "sslpassword")
 
@@ -18,6 +22,35 @@ def check_tracking_uri(uri: str) -> None:
             f"unsupported tracking URI scheme {scheme!r}; use one of {', '.join(SCHEMES)}, such "
             "as http://127.0.0.1:5000 or sqlite:////path/mlflow.db"
         )
+
+
+def check_reachable(uri: str) -> None:
+    """ValueError if a tracking server or database does not answer; SQLite's file always does."""
+    parts = urlsplit(uri)
+    if parts.scheme.startswith("sqlite"):
+        return
+    try:
+        if parts.scheme in ("http", "https"):
+            with contextlib.suppress(HTTPError), urlopen(f"{uri}/health", timeout=ANSWER_S):
+                pass  # an error of HTTP's is an answer, too: it may want a password
+        else:
+            _connect_to_database(uri)
+    except Exception as error:  # whatever the database's driver raises
+        reason = redacted(" ".join(str(error).split())[:200], uri)
+        raise ValueError(
+            f"nothing answers at the tracking URI {without_credentials(uri)} ({reason}); start it, "
+            "or use --offline-tracking and upload later with 'contrasweep sync'"
+        ) from None
+
+
+def _connect_to_database(uri: str) -> None:
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def embedded_tracking_uri(out: Path) -> str:

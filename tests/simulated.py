@@ -39,7 +39,7 @@ def simulated_sweep(out: Path, curve: Curve, **fields: Any) -> Path:
         space_sha256=None,
         git_commit=None,
         versions={"torch": "2"},
-        tracking="embedded",
+        tracking=config.tracking_uri or "embedded",
     )
     driver = Driver.from_journal(config, journal, space, None, clock=clock)
     Simulation(driver, curve, clock=clock, workers=2).run()

@@ -16,12 +16,16 @@ from urllib.request import urlopen
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from typer.testing import CliRunner
 
 from analysis import leaderboard, load_sweep
+from search.cli import app
 from search.endings import ending_of
 from search.journal import Journal
+from search.simulate import Outcome
 from search.tracking import Recorder
 from search.uris import check_tracking_uri, redacted, refuse_credentials, without_credentials
+from tests.simulated import simulated_sweep
 
 MARKS = [100, 200, 300]
 
@@ -390,3 +394,30 @@ def test_a_store_that_cannot_be_reached_is_named_and_does_not_block(tmp_path: Pa
     problem = recorder.stop(timeout_s=3)
     assert problem is not None
     assert recorder.pending_bytes() > 0
+
+
+@pytest.mark.slow
+def test_what_an_outage_left_behind_is_uploaded_by_sync(
+    tmp_path: Path, server: tuple[str, subprocess.Popen[bytes]]
+) -> None:
+    uri, process = server
+    folder = simulated_sweep(
+        tmp_path,
+        lambda segment, mark: Outcome({"knn_top1": mark / 1000}),
+        trials=6,
+        tracking_uri=uri,
+    )
+    os.killpg(process.pid, signal.SIGSTOP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        with pytest.raises(ValueError, match=f"cannot record at {uri}"):
+            CliRunner().invoke(app, ["sync", str(folder)], catch_exceptions=False)
+    os.killpg(process.pid, signal.SIGCONT)
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["sync", str(folder)], catch_exceptions=False)
+        assert done.stdout == f"{uri} has all of swept\n"
+    for number in range(6):  # the simulated trials saved nothing
+        (folder / "simulated" / str(number) / "600").mkdir(parents=True)
+    done = CliRunner().invoke(app, ["check", str(folder), "--no-suggestions", "--json"])
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["trials"], told["children"]) == (0, 6, 6), told["faults"]
