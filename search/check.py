@@ -26,7 +26,7 @@ from search.journal import load_state, read_events
 from search.proposals import Proposals
 from search.seeds import derived_fraction
 from search.state import Event, SweepState, TrialState
-from search.tracking import EXPERIMENT, PREFIX, STATUS
+from search.tracking import EXPERIMENT, PREFIX, STATUS, runs_of
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -185,7 +185,10 @@ class _Witness:
 
 def check_record(state: SweepState, client: MlflowClient, findings: Findings) -> None:
     """Compare MLflow's runs of a sweep with its journal, and add what differs to `findings`."""
-    runs = _runs_of(state, client)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    runs: list[Any] = []
+    if experiment is not None:
+        runs += runs_of(client, experiment.experiment_id, state.header["sweep_id"])
     kinds = Counter(run.data.tags[PREFIX + "kind"] for run in runs)
     parents, findings.children = kinds["sweep"], kinds["trial"]
     if parents != 1:
@@ -224,22 +227,6 @@ def _differences(state: SweepState, trial: TrialState, run: Any, client: MlflowC
             f"{len(journaled)} {journaled[:3]}..."
         )
     return faults
-
-
-def _runs_of(state: SweepState, client: MlflowClient) -> list[Any]:
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        return []
-    wanted = f"tags.`{PREFIX}sweep_id` = '{state.header['sweep_id']}'"
-    runs, token = [], None
-    while True:
-        page = client.search_runs(
-            [experiment.experiment_id], wanted, max_results=1000, page_token=token
-        )
-        runs += list(page)
-        token = page.token
-        if not token:
-            return runs
 
 
 def _plain(value: Any) -> Any:

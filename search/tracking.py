@@ -42,7 +42,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ from search.uris import redacted
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import Metric, Param, Run
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "contrasweep"
@@ -87,6 +87,22 @@ def connect(tracking_uri: str) -> MlflowClient:
     for name in ("mlflow", "alembic"):  # the making of tables is no news to the user
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=tracking_uri)
+
+
+def runs_of(client: MlflowClient, experiment: str, sweep_id: str) -> Iterator[Run]:
+    """The runs of a sweep, its own and its trials', page by page."""
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            f"tags.`{PREFIX}sweep_id` = '{sweep_id}'",
+            max_results=1000,
+            page_token=token,
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 class Recorder:
@@ -196,22 +212,12 @@ class Recorder:
         experiment = self._experiment_id = self._experiment(client)
         sweep_id = self._state.header["sweep_id"]
         self._children = {}
-        parent, token = None, None
-        while True:
-            page = client.search_runs(
-                [experiment],
-                f"tags.`{PREFIX}sweep_id` = '{sweep_id}'",
-                max_results=1000,
-                page_token=token,
-            )
-            for run in page:
-                if run.data.tags[PREFIX + "kind"] == "sweep":
-                    parent = str(run.info.run_id)
-                else:
-                    self._children[int(run.data.tags[PREFIX + "number"])] = str(run.info.run_id)
-            token = page.token
-            if not token:
-                break
+        parent = None
+        for run in runs_of(client, experiment, sweep_id):
+            if run.data.tags[PREFIX + "kind"] == "sweep":
+                parent = str(run.info.run_id)
+            else:
+                self._children[int(run.data.tags[PREFIX + "number"])] = str(run.info.run_id)
         if parent is None:
             self._check_not_given_up()
             parent = self._create_parent(client, experiment)
