@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from search.config import SweepConfig
-    from search.run import Sweep, SweepResult
+    from search.result import SweepResult
+    from search.run import Sweep
 
 __all__ = ["Sweep", "SweepConfig", "SweepResult"]
 
-_HOMES = {"Sweep": "search.run", "SweepResult": "search.run", "SweepConfig": "search.config"}
+_HOMES = {"Sweep": "search.run", "SweepResult": "search.result", "SweepConfig": "search.config"}
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ from search.journal import load_state, read_events
 from search.proposals import Proposals
 from search.seeds import derived_fraction
 from search.state import Event, SweepState, TrialState
+from search.storage import Storage, joined
 from search.tracking import EXPERIMENT, PREFIX, STATUS, runs_of
 
 if TYPE_CHECKING:
@@ -73,12 +74,13 @@ def check_journal(path: Path, plan: Plan | None = None) -> tuple[SweepState, Fin
     return state, findings
 
 
-def check_checkpoints(state: SweepState, sweep_dir: Path, findings: Findings) -> None:
+def check_checkpoints(state: SweepState, storage: Storage, findings: Findings) -> None:
     """Add to `findings` what a completed trial should have kept and has not."""
     for trial in state.trials.values():
-        saved = None if trial.checkpoint is None else sweep_dir / trial.checkpoint
-        if trial.state == "completed" and saved is not None and not saved.exists():
-            findings.faults.append(f"the checkpoint of trial {trial.number}, {saved}, is missing")
+        saved = trial.checkpoint
+        if trial.state == "completed" and saved is not None and not storage.exists(saved):
+            where = joined(storage.uri, saved)
+            findings.faults.append(f"the checkpoint of trial {trial.number}, {where}, is missing")
 
 
 class _Witness:

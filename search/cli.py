@@ -52,7 +52,8 @@ from search.train_verb import training
 from search.upkeep import upkeep
 
 if TYPE_CHECKING:
-    from search.run import Sweep, SweepResult
+    from search.result import SweepResult
+    from search.run import Sweep
 
 app = typer.Typer(
     add_completion=False,
@@ -143,6 +144,8 @@ def sweep(
         bool, typer.Option("--dry-run", help="Print what the sweep would cost; start nothing.")
     ] = False,
     address: Annotated[str | None, sweep_option("address", "--address")] = None,
+    storage: Annotated[str | None, sweep_option("storage", "--storage", metavar="URI")] = None,
+    node_cache: Annotated[str | None, sweep_option("node_cache", "--node-cache")] = None,
     tracking_uri: Annotated[str | None, sweep_option("tracking_uri", "--tracking-uri")] = None,
     offline_tracking: Annotated[
         bool | None, sweep_option("offline_tracking", "--offline-tracking/--no-offline-tracking")
@@ -171,19 +174,28 @@ def sweep(
 
 @app.command()
 def resume(
-    directory: SweepDir,
+    directory: Annotated[
+        str, typer.Argument(metavar="RUNS/NAME", help="A sweep's folder, or s3://BUCKET/.../NAME.")
+    ],
     trials: Annotated[int, typer.Option(min=0, help="Trials beyond those planned.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of sweeps that one from a bucket is brought to.")
+    ] = Path("runs"),
     download: Download = False,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
     """Go on with a sweep that was interrupted, or extend a finished one."""
+    from search.mirror import fetch_sweep
     from search.run import Sweep
+    from search.storage import is_bucket
+
+    folder = fetch_sweep(directory, out) if is_bucket(directory) else Path(directory)
 
     def go_on(sweep: Sweep) -> SweepResult:
         return sweep.resume(trials)
 
-    _carry_out(lambda **more: Sweep.open(directory, **more), go_on, as_json, download, cache_dir)
+    _carry_out(lambda **more: Sweep.open(folder, **more), go_on, as_json, download, cache_dir)
 
 
 @app.command()
@@ -329,12 +341,18 @@ def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
             f"answers, both are made by: contrasweep report {result.dir}",
             soft_wrap=True,
         )
+    if result.unmirrored:
+        err_console.print(
+            f"{finished.storage.uri} lacks the end of this sweep's journal ({result.unmirrored}); "
+            f"once it works it is brought up to date by: contrasweep sync {result.dir}",
+            soft_wrap=True,
+        )
     if result.state != "finished":
         first = "raise the budget in its sweep.yaml, then " if result.why == "budget" else ""
         err_console.print(f"{first}go on with: contrasweep resume {result.dir}", soft_wrap=True)
         if result.why == "budget":
             return
-        raise typer.Exit(1 if result.why == "failing" else INTERRUPTED)
+        raise typer.Exit(1 if result.why in ("failing", "storage") else INTERRUPTED)
     if result.best is None and result.trials:
         err_console.print(f"no trial came to a result; see {result.dir / 'trials'}/*/log.txt")
         raise typer.Exit(1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from search.storage import storage_at
+from trainer.atomic import replacing
 from trainer.config import TrainConfig, parse_config
 
 LABEL_FREE = ("rankme", "val_loss")
@@ -147,6 +147,16 @@ class SweepConfig(BaseModel):
         5, ge=2, description="first trials that fail alike before the sweep gives up"
     )
     address: str | None = Field(None, description="Ray cluster; none: this machine alone")
+    storage: str | None = Field(
+        None,
+        description="folder or s3://BUCKET/FOLDER of checkpoints and a copy of the journal; none: "
+        "the sweep's own",
+    )
+    node_cache: str | None = Field(
+        None,
+        description="folder on each node that images in files are copied to; none: only where"
+        " they are not seen",
+    )
     tracking_uri: str | None = Field(None, description="MLflow; none: OUT/mlflow.db")
     offline_tracking: bool = Field(
         False, description="start though the tracking server does not answer; upload later"
@@ -277,6 +287,8 @@ class SweepConfig(BaseModel):
         changes: dict[str, Any] = {"out": str(Path(self.out).expanduser().resolve())}
         if self.data_dir:
             changes["data_dir"] = str(Path(self.data_dir).expanduser().resolve())
+        if self.storage is not None:
+            changes["storage"] = storage_at(self.storage).uri
         changes["dataset"] = absolute_source(self.dataset)
         changes["labelled"] = absolute_source(self.labelled)
         changes["fixed"] = absolute_paths(self.fixed)
@@ -384,17 +396,8 @@ def absolute_source(dataset: str | None) -> str | None:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` so that a reader sees the old file or the whole new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def _one_of(what: str, value: str, known: Any) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from search.run import SweepResult
+    from search.result import SweepResult
     from spaces.describe import Parameter
 
 LEADERS = 10

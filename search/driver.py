@@ -12,11 +12,8 @@ mechanism. What a new trial is made of is decided in `search.proposals`, what a 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
 from typing import Any, TypeVar
 
 from search.asha import Decision
@@ -30,7 +27,9 @@ from search.memory import killed_for_memory
 from search.proposals import Proposals
 from search.retention import Retention
 from search.seeds import derived_fraction
+from search.segments import Next, Segment
 from search.state import TrialState
+from search.storage import StorageError
 from search.strata import Strata
 from spaces import Space
 
@@ -39,25 +38,6 @@ MAX_DEATHS = 3
 MAX_REASON = 1000
 REPORT = "report"
 """`outcome` of an ordinary result; the others are the failing final states."""
-
-
-class Next(Enum):
-    """What `Driver.next_segment` says when it has no segment to hand out."""
-
-    WAIT = "wait"
-    FINISHED = "finished"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One piece of work for a worker: trial `number`, from `checkpoint` on."""
-
-    number: int
-    attempt: int
-    fields: dict[str, Any]
-    """Its `TrainConfig` fields."""
-    checkpoint: str | None
-    checkpoint_mark: int
 
 
 @dataclass
@@ -69,7 +49,6 @@ class Driver:
     proposals: Proposals
     scheduler: Brackets
     total_images: int
-    clock: Callable[[], float] = time.time
     retention: Retention = field(default_factory=Retention)
     in_flight: set[int] = field(default_factory=set)
     to_reissue: dict[int, None] = field(default_factory=dict)
@@ -80,8 +59,8 @@ class Driver:
     """Trial -> what Ray said of the death of its worker, until that is journaled."""
     spent: str | None = None
     """Which budget ran out, so that no new trial is suggested."""
-    gave_up: bool = False
-    """Whether the sweep ends because its first trials all failed alike."""
+    why: str = "asked"
+    """What kind of draining it is: asked, failing (the first trials all failed alike), storage."""
     crash: BaseException | None = None
     """An error that ends the sweep; Ray swallows what its hooks raise."""
 
@@ -95,7 +74,6 @@ class Driver:
         *,
         strata: Strata = Strata(),  # noqa: B008  frozen
         grid: Sequence[Mapping[str, Any]] = (),
-        clock: Callable[[], float] = time.time,
         delete: Callable[[str], None] = lambda path: None,
     ) -> Driver:
         """Rebuild study and rungs from the journal's lines, and finish what they decided.
@@ -110,7 +88,6 @@ class Driver:
             proposals=Proposals(config, state, space, defaults, strata, grid),
             scheduler=rebuilt_brackets(config, state),
             total_images=state.header["total_images"],
-            clock=clock,
             retention=Retention(config.keep_checkpoints, config.objectives, config.modes, delete),
         )
         driver.retention.restore(journal)
@@ -122,7 +99,7 @@ class Driver:
                 driver._finish_as_decided(trial)
             elif trial.failure is not None:
                 driver._fail_of_space(trial)
-            elif trial.deaths > MAX_DEATHS:
+            elif trial.deaths_in_a_row > MAX_DEATHS:
                 driver._finish(trial, *ending_by_deaths(trial, driver.total_images))
             elif trial.paused_at is None:
                 driver.to_reissue[trial.number] = None
@@ -167,7 +144,7 @@ class Driver:
     def _look_at_budget(self) -> None:
         if self.spent is not None:
             return
-        spent = spent_budget(self.config, self.journal.state, self.in_flight, self.clock())
+        spent = spent_budget(self.config, self.journal.state, self.in_flight, self.journal.clock())
         if spent is None:
             return
         self.journal.append("budget_spent", reason=spent, then=self.config.on_budget)
@@ -308,11 +285,11 @@ class Driver:
         return self._ends_here(trial, mark) or bool(result["save_is_cheap"])
 
     def on_checkpoint(self, number: int, mark: int, path: str) -> None:
-        """Journal a saved checkpoint; `path` is relative to the sweep's folder if it lies there."""
+        """Journal a saved checkpoint, at a path below the sweep's storage; the older one goes."""
         before = self.journal.state.trials[number].checkpoint
         self.journal.append("checkpoint", number=number, mark=mark, path=path)
-        if before is not None and Path(before).parent != Path(path).parent:
-            self.retention.delete(before)  # of an earlier segment, which Ray knows nothing of
+        if before not in (None, path):
+            self.retention.delete(str(before))
 
     def on_segment_end(
         self, number: int, result: Mapping[str, Any] | None, reason: str = ""
@@ -338,13 +315,19 @@ class Driver:
         self.to_reissue[number] = None
 
     def _died(self, trial: TrialState, reason: str) -> None:
-        kind = {"reason": reason, "of_memory": killed_for_memory(reason)}
-        self.journal.append("died", number=trial.number, attempt=trial.attempts, **kind)
+        of_storage = StorageError.__name__ in reason
+        kind = {"of_memory": killed_for_memory(reason), "of_storage": of_storage}
+        self.journal.append(
+            "died", number=trial.number, attempt=trial.attempts, reason=reason, **kind
+        )
+        if of_storage:  # no fault of the trial's, and others would fare no better
+            self.why = "storage"
+            self.drain(reason.partition(f"{StorageError.__name__}: ")[2] or reason)
         if trial.memory_deaths > 1:  # once may be another process's fault
             self._finish(trial, "oom", reason[:MAX_REASON])
         elif trial.paused_at is not None:
             return  # it waits; what its last checkpoint lacks is trained again once promoted
-        elif trial.deaths <= MAX_DEATHS:
+        elif trial.deaths_in_a_row <= MAX_DEATHS:
             self.to_reissue[trial.number] = None
         else:
             self._finish(trial, *ending_by_deaths(trial, self.total_images))
@@ -397,7 +380,7 @@ class Driver:
     def _give_up_if_all_fail_alike(self) -> None:
         alike = first_failed_alike(self.journal.state, self.config.failures_alike)
         if alike is not None:
-            self.gave_up = True
+            self.why = "failing"
             self.drain(alike)
 
 

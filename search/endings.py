@@ -49,7 +49,8 @@ def ending_by_deaths(trial: TrialState, total_images: int) -> tuple[str, str]:
     """Final state and reason of a trial whose worker died too often."""
     if total_images in trial.reports:
         return "completed", "its last checkpoint could not be saved"
-    return "lost", f"its worker died {trial.deaths} times: {trial.last_death}"
+    times = f"{trial.deaths_in_a_row} times without progress"
+    return "lost", f"its worker died {times}: {trial.last_death}"
 
 
 def first_failed_alike(state: SweepState, first: int) -> str | None:

@@ -45,8 +45,8 @@ from typing import Any
 
 from optuna.trial import BaseTrial
 
-from search.driver import Segment
 from search.seeds import derived_fraction
+from search.segments import Segment
 from search.simulate import Curve, Outcome
 
 TOTAL = 100_000

@@ -24,8 +24,9 @@ from search.budget import gpu_hours
 from search.calibration import CALIBRATION_S, Calibration, calibrate, gpus_of_a_trial
 from search.config import SweepConfig
 from search.console import out_console
-from search.driver import Driver, Segment
+from search.driver import Driver
 from search.progress import duration
+from search.segments import Segment
 from search.simulate import (
     Outcome,
     Simulation,
@@ -285,9 +286,7 @@ def _simulate(
         marks=plan.marks,
         rungs=plan.rungs,
     )
-    driver = Driver.from_journal(
-        config, journal, plan.space, plan.defaults, strata=plan.strata, clock=clock
-    )
+    driver = Driver.from_journal(config, journal, plan.space, plan.defaults, strata=plan.strata)
     Simulation(
         driver,
         curve,

@@ -6,8 +6,8 @@ killed loses nothing that it had acted upon. A torn last line, left by a kill in
 dropped; anything else that is malformed is an error that names the line.
 
 Events: sweep_started, resumed, warm_trial, suggested, exhausted, started, report, checkpoint,
-checkpoint_dropped, died, finished, command, budget_spent, sweep_finished. Left out: mirroring to
-other storage.
+checkpoint_dropped, died, finished, command, budget_spent, sweep_finished. Left out: the copy on
+other storage (`search.mirror`), which `on_written` is for.
 """
 
 from __future__ import annotations
@@ -29,18 +29,26 @@ class JournalError(ValueError):
     """The journal cannot be read or written; the message names file and line."""
 
 
+def steady_clock() -> Callable[[], float]:
+    """Seconds since the epoch that go on evenly from now, though the system's clock be set."""
+    ahead_s = time.time() - time.monotonic()
+    return lambda: ahead_s + time.monotonic()
+
+
 class Journal:
-    """A sweep's log and its fold. One writer; opened anew for each line, so it can be pickled.
+    """A sweep's log and its fold. One writer; opened anew for each line.
 
     One that is not `durable` leaves it to the system when lines reach the disk: for simulations.
     """
 
     def __init__(
-        self, path: Path, *, clock: Callable[[], float] = time.time, durable: bool = True
+        self, path: Path, *, clock: Callable[[], float] | None = None, durable: bool = True
     ) -> None:
         self.path = path
         self.state = SweepState()
-        self._clock = clock
+        self.clock = clock or steady_clock()
+        self.on_written: Callable[[str], None] = lambda event: None
+        """Called with the kind of an event that is on the disk, before it counts; it may raise."""
         self._durable = durable
         self._failure: str | None = None
         for event in read_events(path):
@@ -48,7 +56,7 @@ class Journal:
 
     @classmethod
     def create(
-        cls, path: Path, *, clock: Callable[[], float] = time.time, durable: bool = True
+        cls, path: Path, *, clock: Callable[[], float] | None = None, durable: bool = True
     ) -> Journal:
         """A new, empty journal; an existing file is an error."""
         path.touch(exist_ok=False)
@@ -62,7 +70,7 @@ class Journal:
         """
         if self._failure:
             raise JournalError(self._failure)
-        record: Event = {"event": event, "time": self._clock(), **_finite(fields)}
+        record: Event = {"event": event, "time": self.clock(), **_finite(fields)}
         line = json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
         try:
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
@@ -75,6 +83,11 @@ class Journal:
         except OSError as error:
             self._failure = f"cannot write {self.path}: {error.strerror}"
             raise JournalError(self._failure) from error
+        try:
+            self.on_written(event)
+        except JournalError as error:
+            self._failure = str(error)
+            raise
         self.state.apply(record)
         return record
 

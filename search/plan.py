@@ -20,7 +20,9 @@ from search.memory import check_memory_limit
 from search.points import check_point, grid
 from search.provenance import describe_data, held_in_memory, labelled_in_memory
 from search.seeds import derived_seed
+from search.segments import CHECKPOINT_FILE
 from search.state import SweepState
+from search.storage import Folder, Storage
 from search.strata import Strata
 from search.user_files import (
     LossFile,
@@ -45,7 +47,7 @@ SPACE_COPY = "space.py"
 MAY_CHANGE = (
     *("name", "out", "gpus_per_trial", "address", "keep_checkpoints", "memory_per_trial"),
     *("max_hours", "max_gpu_hours", "max_images", "on_budget", "failures_alike"),
-    *("max_concurrent", "offline_tracking"),
+    *("max_concurrent", "offline_tracking", "node_cache"),
 )
 """Fields of sweep.yaml that may be edited between a sweep and its `resume`."""
 
@@ -158,8 +160,17 @@ def make_plan(
     )
 
 
-def make_plan_again(config: SweepConfig, state: SweepState, sweep_dir: Path, **more: Any) -> Plan:
+def make_plan_again(
+    config: SweepConfig,
+    state: SweepState,
+    sweep_dir: Path,
+    *,
+    storage: Storage | None = None,
+    **more: Any,
+) -> Plan:
     """`make_plan` for a sweep that goes on, with the space, data and checkpoints it had.
+
+    Checkpoints in a bucket, which are there whole or not at all, are left to the workers.
 
     A ValueError says which of them has changed or cannot be read.
     """
@@ -179,7 +190,8 @@ def make_plan_again(config: SweepConfig, state: SweepState, sweep_dir: Path, **m
         more["in_memory"] = held_in_memory(state.header["data"])
         more["labelled_in_memory"] = labelled_in_memory(state.header["data"])
     plan = make_plan(config, new=False, copied=copied, sweep_dir=sweep_dir, **more)
-    _check_checkpoints(sweep_dir, state)
+    if isinstance(storage, Folder):
+        _check_checkpoints(storage.path, state)
     if describe_data(plan.data)["digest"] != state.header["data"]["digest"]:
         raise ValueError(
             f"the data set {plan.data.name} has changed since the sweep began: it is now "
@@ -199,13 +211,12 @@ def check_unchanged(config: SweepConfig, journaled: SweepConfig) -> None:
             )
 
 
-def _check_checkpoints(sweep_dir: Path, state: SweepState) -> None:
+def _check_checkpoints(saved: Path, state: SweepState) -> None:
     """ValueError for a checkpoint that an unfinished trial would go on from and cannot be read."""
-    from search.trainable import CHECKPOINT_FILE
     from trainer.checkpoint import load_checkpoint
 
     for trial in state.unfinished():
-        folder = sweep_dir / trial.checkpoint if trial.checkpoint else None
+        folder = saved / trial.checkpoint if trial.checkpoint else None
         if folder is not None and folder.exists():
             try:
                 load_checkpoint(folder / CHECKPOINT_FILE)

@@ -25,9 +25,10 @@ import numpy as np
 from search.asha import score_of
 from search.brackets import bracket_of, make_brackets, plan_rungs
 from search.config import SweepConfig, parse_sweep
-from search.driver import Driver, Segment
+from search.driver import Driver
 from search.proposals import Proposals
 from search.seeds import derived_seed
+from search.segments import Segment
 from search.simulate import (
     Outcome,
     Simulation,
@@ -340,7 +341,6 @@ def _drive(
         proposals=cast(Proposals, RecordedProposals(config, rungs, order)),
         scheduler=make_brackets(config, rungs),
         total_images=recording.total_images,
-        clock=clock,
     )
 
     def bring_back(segment: Segment, mark: int) -> Outcome:

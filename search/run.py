@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import socket
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +32,15 @@ from search.config import (
 from search.driver import Driver, guarded
 from search.journal import FILE_NAME, Journal, JournalError, load_state
 from search.locks import LOCK_NAME, locked
+from search.mirror import Mirror, MirrorError, check_new, fully_mirrored
 from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again
 from search.provenance import describe_data, git_commit, versions
+from search.result import SweepResult, result_of
+from search.segments import CHECKPOINT_PREFIX, TRIALS
 from search.state import SCHEMA, SweepState
+from search.storage import Folder, Storage, joined, storage_at
 from search.tracking import Recorder
-from search.tune_run import TRIALS, draining_on_signal, run_on_tune
+from search.tune_run import draining_on_signal, run_on_tune
 from search.uris import (
     check_reachable,
     check_tracking_uri,
@@ -56,45 +58,6 @@ EMBEDDED = "embedded"
 
 OnStep = Callable[[SweepState], None]
 DataProgress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep came to; `to_json` is what `contrasweep sweep --json` prints."""
-
-    name: str
-    dir: Path
-    tracking_uri: str
-    objective: str
-    state: str
-    reason: str
-    why: str
-    """Of an interrupted one: failing (the first trials all fail alike), budget, or asked."""
-    pareto: list[dict[str, Any]]
-    """With several objectives, the trials that none beats in all: `trial`, `values`, `params`."""
-    best: dict[str, Any] | None
-    """`trial`, `value` and searched `params` of the best trial."""
-    trials: dict[str, int]
-    samples_seen: int
-    wall_s: float
-    unrecorded: str | None
-    """Why MLflow lacks a part of the journal; None: it has everything."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that --json prints."""
-        return {
-            "name": self.name,
-            "dir": str(self.dir),
-            "tracking_uri": without_credentials(self.tracking_uri),
-            "objective": self.objective,
-            "state": self.state,
-            "reason": self.reason,
-            "best": self.best,
-            **({"pareto": self.pareto} if self.pareto else {}),
-            "trials": self.trials,
-            "samples_seen": self.samples_seen,
-            "wall_s": round(self.wall_s, 3),
-        }
 
 
 class Sweep:
@@ -116,6 +79,7 @@ class Sweep:
             config = config.model_copy(update={"name": f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"})
         self.config = config
         self.dir = Path(config.out) / str(config.name)
+        self.storage = _storage_of(config, self.dir, str(config.name))
         self.tracking_uri = credentials_into_environment(
             config.tracking_uri or default_tracking_uri(Path(config.out))
         )
@@ -136,6 +100,7 @@ class Sweep:
         check_unchanged(config, parse_sweep(header["config"]))
         moved = {"name": directory.name, "out": str(directory.parent)}
         sweep = cls(config.model_copy(update=moved), **options)
+        sweep.storage = _storage_of(config, directory, header["config"]["name"])
         sweep.tracking_uri = _recorded_at(sweep, header)
         return sweep
 
@@ -144,7 +109,13 @@ class Sweep:
         plan, warm = self.plan()
         if not self.config.offline_tracking:
             check_reachable(self.tracking_uri)
-        with ray_cluster(self.config) as slots, self._writing(plan) as journal:
+        if self.config.storage is not None:
+            check_new(self.storage)
+        with (
+            ray_cluster(self.config) as slots,
+            self._writing(plan) as journal,
+            self._mirroring(journal) as mirror,
+        ):
             journal.append(
                 "sweep_started",
                 schema=SCHEMA,
@@ -168,7 +139,7 @@ class Sweep:
             )
             for event in warm.events:
                 journal.append("warm_trial", **event)
-            return self._drive(plan, journal, slots)
+            return self._drive(plan, journal, slots, mirror)
 
     def plan(self) -> tuple[Plan, WarmStart]:
         """Space, data and marks, and what earlier sweeps teach, all checked; nothing is written."""
@@ -207,16 +178,18 @@ class Sweep:
             if finished:
                 self._on_note("the sweep is finished; --trials adds more trials")
             self.record_rest()
-            return self._result(state, None)
+            return self._result(state)
         with locked(self.dir, f"see 'contrasweep status {self.dir}', or wait for it"):
             state = load_state(self.dir / FILE_NAME)
-            plan = make_plan_again(self.config, state, self.dir, **self._loading)
+            plan = make_plan_again(
+                self.config, state, self.dir, storage=self.storage, **self._loading
+            )
             plan.strata.check_even(trials)
             await_dead_workers(state)
-            self._drop_orphans(state)
-            with ray_cluster(self.config) as slots:
-                journal = Journal(self.dir / FILE_NAME)
-                journal.drop_torn_line()
+            journal = Journal(self.dir / FILE_NAME)
+            journal.drop_torn_line()
+            with self._mirroring(journal) as mirror, ray_cluster(self.config) as slots:
+                self._drop_orphans(state)
                 planned = journal.state.planned + trials
                 journal.append(
                     "resumed",
@@ -226,7 +199,7 @@ class Sweep:
                     driver_pid=os.getpid(),
                     commands_taken=commands.still_taken(state.commands_taken),
                 )
-                return self._drive(plan, journal, slots)
+                return self._drive(plan, journal, slots, mirror)
 
     def _spent_still(self, state: SweepState) -> str | None:
         """The budget by which the sweep ended, if it leaves nothing to do as long as it stands."""
@@ -253,10 +226,12 @@ class Sweep:
         lock = FileLock(self.dir / LOCK_NAME)
         try:
             with lock.acquire(timeout=0):
-                Recorder(self.dir, self.tracking_uri).sync()
+                if self.config.storage is not None and not fully_mirrored(self.dir):
+                    Mirror(self.dir, self.storage).catch_up()
+                Recorder(self.dir, self.tracking_uri, self.storage).sync()
         except Timeout:
             return
-        except JournalError:
+        except (JournalError, MirrorError):
             raise
         except Exception as error:  # whatever a store raises
             reason = redacted(" ".join(str(error).split())[:300], self.tracking_uri)
@@ -268,15 +243,34 @@ class Sweep:
 
     def _drop_orphans(self, state: SweepState) -> None:
         """Delete checkpoints that the journal does not name: a kill came between the two."""
-        named = {self.dir / trial.checkpoint for trial in state.trials.values() if trial.checkpoint}
-        for folder in (self.dir / TRIALS).glob("*/checkpoint_*"):
-            if folder not in named:
-                shutil.rmtree(folder, ignore_errors=True)
+        named = {trial.checkpoint for trial in state.trials.values()}
+        saved = {name.rpartition("/")[0] for name in self.storage.sizes(TRIALS)}
+        for folder in saved - named:
+            if Path(folder).name.startswith(CHECKPOINT_PREFIX):
+                self.storage.delete(folder)
 
-    def _delete_checkpoint(self, path: str) -> None:
-        folder = self.dir / path
-        if folder.is_relative_to(self.dir / TRIALS):
-            shutil.rmtree(folder, ignore_errors=True)
+    def _delete_checkpoint(self, mirror: Mirror | None, path: str) -> None:
+        if not path.startswith(f"{TRIALS}/"):
+            return
+        delete = functools.partial(self.storage.delete, path)
+        if mirror is None:
+            delete()
+        else:
+            mirror.when_mirrored(delete)
+
+    @contextlib.contextmanager
+    def _mirroring(self, journal: Journal) -> Iterator[Mirror | None]:
+        """The copy of the journal on the sweep's storage, if it has one, kept up meanwhile."""
+        if self.config.storage is None:
+            yield None
+            return
+        mirror = Mirror(self.dir, self.storage, on_wait=self._on_note)
+        mirror.claim()
+        mirror.start(journal)
+        try:
+            yield mirror
+        finally:
+            mirror.stop(timeout_s=2.0 if _ends_now() else 30.0)
 
     @contextlib.contextmanager
     def _writing(self, plan: Plan) -> Iterator[Journal]:
@@ -293,7 +287,9 @@ class Sweep:
             copy_loss_files(plan.loss_files, self.dir)
             yield Journal.create(self.dir / FILE_NAME)
 
-    def _drive(self, plan: Plan, journal: Journal, slots: Callable[[], int]) -> SweepResult:
+    def _drive(
+        self, plan: Plan, journal: Journal, slots: Callable[[], int], mirror: Mirror | None
+    ) -> SweepResult:
         driver = Driver.from_journal(
             plan.config,
             journal,
@@ -301,7 +297,7 @@ class Sweep:
             plan.defaults,
             strata=plan.strata,
             grid=plan.grid,
-            delete=self._delete_checkpoint,
+            delete=functools.partial(self._delete_checkpoint, mirror),
         )
         commands = CommandFile(self.dir)
 
@@ -311,11 +307,12 @@ class Sweep:
             self._on_step(journal.state)
 
         on_step()
-        recorder = Recorder(self.dir, self.tracking_uri)
+        limit = None if mirror is None else mirror.mirrored
+        recorder = Recorder(self.dir, self.tracking_uri, self.storage, limit)
         recorder.start()
         try:
             with draining_on_signal(driver, self._on_note):
-                run_on_tune(self.dir, plan, driver, slots, on_step)
+                run_on_tune(self.dir, plan, driver, slots, on_step, self.storage)
             if driver.crash is not None:
                 raise driver.crash
         except BaseException as error:
@@ -335,48 +332,28 @@ class Sweep:
                 why=_why(driver) if cut else "",
             )
         finally:
-            now = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-            unrecorded = recorder.stop(timeout_s=2.0 if now else 30.0)
+            wait_s = 2.0 if _ends_now() else 30.0
+            unmirrored = None if mirror is None else mirror.stop(timeout_s=wait_s)
+            unrecorded = recorder.stop(timeout_s=wait_s) or unmirrored
         self._on_step(journal.state)
-        return self._result(journal.state, unrecorded)
+        return self._result(journal.state, unrecorded, unmirrored)
 
-    def _result(self, state: SweepState, unrecorded: str | None) -> SweepResult:
-        assert state.ended is not None
-        objective = self.config.objective
-        best = state.best(objective, self.config.mode)
-        return SweepResult(
-            name=str(self.config.name),
-            dir=self.dir,
+    def _result(
+        self, state: SweepState, unrecorded: str | None = None, unmirrored: str | None = None
+    ) -> SweepResult:
+        return result_of(
+            self.config,
+            self.dir,
+            state,
             tracking_uri=self.tracking_uri,
-            objective=objective,
-            state=state.ended["state"],
-            reason=state.ended["reason"],
-            why=state.ended.get("why", ""),
-            pareto=[
-                {
-                    "trial": trial.number,
-                    "values": {name: trial.value(name) for name in self.config.objectives},
-                    "params": trial.params,
-                }
-                for trial in state.pareto(self.config.objectives, self.config.modes)
-            ]
-            if self.config.also
-            else [],
-            best=None
-            if best is None
-            else {"trial": best.number, "value": best.value(objective), "params": best.params},
-            trials=state.counts(),
-            samples_seen=state.samples_seen,
-            wall_s=state.wall_s,
             unrecorded=unrecorded,
+            unmirrored=unmirrored,
         )
 
 
 def _why(driver: Driver) -> str:
-    """What kind of end it is that leaves trials unfinished: failing, budget or asked."""
-    if driver.gave_up:
-        return "failing"
-    return "budget" if driver.spent else "asked"
+    """What kind of end it is that leaves trials unfinished."""
+    return "budget" if driver.why == "asked" and driver.spent else driver.why
 
 
 def sweep_folder(directory: Path) -> Path:
@@ -385,6 +362,16 @@ def sweep_folder(directory: Path) -> Path:
     if not (directory / FILE_NAME).is_file():
         raise ValueError(f"{directory} is not a sweep's folder: it has no {FILE_NAME}")
     return directory
+
+
+def _storage_of(config: SweepConfig, directory: Path, name: str) -> Storage:
+    """Where checkpoints lie: in the sweep's own folder, or in its place on the storage."""
+    return Folder(directory) if config.storage is None else storage_at(joined(config.storage, name))
+
+
+def _ends_now() -> bool:
+    """Whether the user asked a second time, in a `finally`."""
+    return isinstance(sys.exc_info()[1], KeyboardInterrupt)
 
 
 def _recorded_at(sweep: Sweep, header: dict[str, Any]) -> str:

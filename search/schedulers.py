@@ -48,9 +48,8 @@ class SweepScheduler(FIFOScheduler):
 class SweepCallback(Callback):
     """Asks for checkpoints, journals them, and shows progress after each step of Tune's loop."""
 
-    def __init__(self, driver: Driver, sweep_dir: Path, on_step: Callable[[], None]) -> None:
+    def __init__(self, driver: Driver, on_step: Callable[[], None]) -> None:
         self._driver: Driver | None = driver
-        self._sweep_dir = sweep_dir
         self._on_step = on_step
         self._marks: dict[str, int] = {}
 
@@ -69,10 +68,8 @@ class SweepCallback(Callback):
     ) -> None:
         assert self._driver is not None
         driver, number = self._driver, int(trial.config["number"])
-        mark, path = self._marks[trial.trial_id], Path(checkpoint.path)
-        if path.is_relative_to(self._sweep_dir):  # so that the folder may be moved
-            path = path.relative_to(self._sweep_dir)
-        guarded(driver, lambda: driver.on_checkpoint(number, mark, str(path)), None)
+        mark = self._marks[trial.trial_id]
+        guarded(driver, lambda: driver.on_checkpoint(number, mark, checkpoint.path), None)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._on_step()

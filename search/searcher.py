@@ -11,7 +11,8 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from search.driver import Driver, Next, Segment, guarded
+from search.driver import Driver, guarded
+from search.segments import Next, Segment
 
 METRICS = "metrics/"
 """Prefix of a report's metrics in a result that Tune has flattened."""

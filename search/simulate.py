@@ -24,8 +24,9 @@ from typing import Any
 
 from search.brackets import plan_rungs
 from search.config import SweepConfig
-from search.driver import REPORT, Driver, Next, Segment
+from search.driver import REPORT, Driver
 from search.journal import Journal
+from search.segments import Next, Segment
 from search.state import SCHEMA, Event
 from search.strata import Strata
 from spaces import Space
@@ -84,11 +85,10 @@ class UnwrittenJournal(Journal):
 
     def __init__(self, clock: VirtualClock) -> None:
         super().__init__(Path(os.devnull), clock=clock, durable=False)
-        self._time = clock
 
     def append(self, event: str, **fields: Any) -> Event:
         """Take one event into the state; its values must be such as JSON has."""
-        record: Event = {"event": event, "time": self._time(), **fields}
+        record: Event = {"event": event, "time": self.clock(), **fields}
         self.state.apply(record)
         return record
 
@@ -120,7 +120,7 @@ def start_simulated(
         marks=sorted({*marks, *rungs, total_images}),
         rungs=rungs,
     )
-    return Driver.from_journal(config, journal, space, defaults, strata=strata, clock=clock)
+    return Driver.from_journal(config, journal, space, defaults, strata=strata)
 
 
 def begin_journal(

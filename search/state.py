@@ -42,6 +42,8 @@ class TrialState:
     checkpoint_mark: int = 0
     attempts: int = 0
     deaths: int = 0
+    deaths_in_a_row: int = 0
+    """Since its last progress: a new mark, or a checkpoint of a higher one."""
     memory_deaths: int = 0
     """Of these, those by Ray's memory monitor."""
     last_death: str = ""
@@ -290,6 +292,7 @@ def _on_report(state: SweepState, event: Event) -> None:
     if trial.state is not None:
         raise ValueError(f"trial {trial.number} reports after it was {trial.state}")
     trial.reports[mark] = event
+    trial.deaths_in_a_row = 0
     state.reports.append(event)
     _count(state, trial, event, int(event["samples_seen"]))
     if event["decision"].get("pause"):
@@ -303,6 +306,8 @@ def _on_report(state: SweepState, event: Event) -> None:
 
 def _on_checkpoint(state: SweepState, event: Event) -> None:
     trial = state.trials[int(event["number"])]
+    if trial.checkpoint is None or int(event["mark"]) > trial.checkpoint_mark:
+        trial.deaths_in_a_row = 0
     trial.checkpoint = str(event["path"])
     trial.checkpoint_mark = int(event["mark"])
     _count(state, trial, event, 0)
@@ -314,7 +319,9 @@ def _on_checkpoint_dropped(state: SweepState, event: Event) -> None:
 
 def _on_died(state: SweepState, event: Event) -> None:
     trial = state.trials[int(event["number"])]
-    trial.deaths += 1
+    if not event.get("of_storage", False):
+        trial.deaths += 1
+        trial.deaths_in_a_row += 1
     trial.memory_deaths += bool(event.get("of_memory", False))
     trial.last_death = str(event.get("reason", ""))
     _count(state, trial, event, 0)

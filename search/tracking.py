@@ -36,13 +36,14 @@ server that is slow or down delays nothing but the record itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ from search.records import (
     report_metrics,
     trial_tags,
 )
+from search.segments import CHECKPOINT_FILE
 from search.state import Event, SweepState, TrialState
+from search.storage import Folder, Storage
 from search.uris import redacted
 from trainer.config import TrainConfig
 
@@ -109,12 +112,21 @@ class Recorder:
     """Uploads a sweep's journal on one background thread; see the module's text.
 
     `sync` does the same once, in the caller's thread. Neither touches the sweep's own state:
-    the recorder reads the journal's file like any other reader.
+    the recorder reads the journal's file like any other reader, up to `limit()` bytes of it: those
+    that the sweep's storage holds, so that no run tells more than a sweep that goes on from there.
     """
 
-    def __init__(self, sweep_dir: Path, tracking_uri: str) -> None:
+    def __init__(
+        self,
+        sweep_dir: Path,
+        tracking_uri: str,
+        storage: Storage | None = None,
+        limit: Callable[[], int] | None = None,
+    ) -> None:
         self._dir = sweep_dir
         self._uri = tracking_uri
+        self._storage = storage or Folder(sweep_dir)
+        self._limit = limit
         self._state = SweepState()
         self._offset = 0
         self._parent: str | None = None
@@ -173,7 +185,10 @@ class Recorder:
 
     def sync(self) -> None:
         """Upload everything that the journal holds and the tracking store does not."""
+        limit = float("inf") if self._limit is None else self._limit()
         for offset, event in read_events_from(self._dir / FILE_NAME, self._offset):
+            if offset > limit:
+                break
             self._state.apply(event)
             self._offset = offset
             self._backlog.append((offset, event))
@@ -367,8 +382,10 @@ class Recorder:
         best = self._state.best(config.objective, config.mode)
         if best is None or best.checkpoint is None:
             return
-        file = self._dir / best.checkpoint / "checkpoint.pt"
-        if file.is_file():
+        with (
+            contextlib.suppress(FileNotFoundError),
+            self._storage.opened(f"{best.checkpoint}/{CHECKPOINT_FILE}") as file,
+        ):
             client.log_artifact(parent, str(file), "best")
 
 

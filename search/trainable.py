@@ -8,28 +8,38 @@ only an error that leaves the process unusable is raised, and Ray replaces the w
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from pyarrow.fs import LocalFileSystem
 from ray import tune
+from ray.tune.trainable.trainable import _TrainingResult
 from torch.overrides import TorchFunctionMode
 
 from search.memory import MemoryLimit
-from search.user_files import LossFile, with_copied_loss
+from search.segments import (
+    CHECKPOINT_FILE,
+    CHECKPOINT_PREFIX,
+    LOG_FILE,
+    TRIALS,
+    segment_name,
+)
+from search.storage import Folder, Storage, StorageError, joined, patiently
+from search.user_files import LossFile, check_loss_files, with_copied_loss
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import parse_config
 from trainer.datasets import DataSplits
 from trainer.device import is_of_accelerator, is_out_of_memory, pick_device
 from trainer.loop import Diverged, Report, Trainer
 
-CHECKPOINT_FILE = "checkpoint.pt"
-LOG_FILE = "log.txt"
 SAVE_SHARE = 0.05
 """Checkpoints may cost this share of a trial's time."""
 
@@ -43,16 +53,25 @@ class ContrastiveTrainable(tune.Trainable):
         data: DataSplits | None = None,
         marks: tuple[int, ...] = (),
         sweep_dir: str = "",
+        storage: Storage | None = None,
         loss_files: tuple[LossFile, ...] = (),
         memory_gib: float | None = None,
     ) -> None:
         assert data is not None
-        self._data, self._marks, self._sweep_dir = data, marks, Path(sweep_dir)
+        self._data, self._marks = data, marks
+        self._store: Storage = storage or Folder(Path(sweep_dir))
+        self._folder = Path(sweep_dir)
+        if not self._folder.is_dir():  # a node of its own
+            self._folder = Path(tempfile.mkdtemp(prefix="contrasweep-"))
+            for file in loss_files:
+                (self._folder / file.copy).write_bytes(self._store.read(file.copy))
+            check_loss_files(loss_files, self._folder, originals=False)
         self._loss_files, self._memory_gib = loss_files, memory_gib
         self._last_save_s, self._saved_at = 0.0, -float("inf")
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._keep_log()
         self._begin(new_config)
         return True
 
@@ -73,14 +92,14 @@ class ContrastiveTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train to the next report; a trial's failure is a result, not an exception."""
         number = self._segment["number"]
-        with _logged(self._sweep_dir / "trials" / str(number) / LOG_FILE):
+        with _logged(self._log):
             try:
                 outcome = self._next_report()
             except Diverged as error:
                 outcome = {"outcome": "diverged", "reason": error.reason}
             except Exception as error:
                 traceback.print_exc()
-                if is_of_accelerator(error):
+                if is_of_accelerator(error) or isinstance(error, StorageError):
                     raise
                 over = self._limit is not None and self._limit.exceeded
                 state = "oom" if over or is_out_of_memory(error) else "error"
@@ -89,6 +108,8 @@ class ContrastiveTrainable(tune.Trainable):
                 outcome["samples_seen"] = self._trainer.samples_seen if self._trainer else 0
                 print(f"{outcome['outcome']}: {outcome['reason']}")
                 self._release()
+        if outcome["outcome"] != "report":
+            self._keep_log()
         metrics = outcome.pop("metrics", {})
         place = {"number": number, "node": socket.gethostname(), "worker_pid": os.getpid()}
         return {**place, **outcome, "metrics": metrics}
@@ -114,17 +135,14 @@ class ContrastiveTrainable(tune.Trainable):
 
     def _start(self) -> Iterator[Report]:
         config = parse_config(self._segment["fields"])
-        config = with_copied_loss(config, self._loss_files, self._sweep_dir)
-        journaled = self._segment["checkpoint"]
-        checkpoint = self._sweep_dir / journaled if journaled else None
+        config = with_copied_loss(config, self._loss_files, self._folder)
+        saved = self._segment["checkpoint"]
         print(f"trial {self._segment['number']}, attempt {self._segment['attempt']}")
         print(config.model_dump_json())
         self._trainer = Trainer(config, self._data, marks=self._marks)
-        if checkpoint and not checkpoint.exists():
-            print(f"{checkpoint} is gone: starts from the beginning")
-        elif checkpoint:
-            print(f"continues from {checkpoint}")
-            self._trainer.load_state_dict(load_checkpoint(checkpoint / CHECKPOINT_FILE).state)
+        state = patiently(lambda: self._load(saved), f"read {saved}") if saved else None
+        if state is not None:
+            self._trainer.load_state_dict(state)
         limit = self._limit
         return self._trainer.run(None if limit is None else lambda images: limit.check())
 
@@ -134,15 +152,60 @@ class ContrastiveTrainable(tune.Trainable):
             torch.zeros(1, device=device)  # CUDA's own memory would count for the first trial only
         return MemoryLimit(gib)
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        assert self._trainer is not None
-        started = time.monotonic()
-        path = Path(checkpoint_dir) / CHECKPOINT_FILE
-        save_checkpoint(path, self._trainer.state_dict(), self._trainer.config, self._mark)
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Save into the sweep's storage; Tune is told the place, and copies nothing.
+
+        A storage that fails is waited for: a StorageError, after minutes, ends the sweep.
+        """
+        path = f"{TRIALS}/{self._segment_folder}/{CHECKPOINT_PREFIX}{self._mark}"
+        with _logged(self._log):
+            what = f"save {joined(self._store.uri, path)}"
+            patiently(lambda: self._save(f"{path}/{CHECKPOINT_FILE}"), what, on_wait=print)
+        self._keep_log()
+        place = tune.Checkpoint(path, filesystem=LocalFileSystem())  # which nobody looks into
+        return _TrainingResult(checkpoint=place, metrics=dict(self._last_result or {}))
+
+    def _save(self, name: str) -> None:
+        trainer = self._trainer
+        assert trainer is not None
+        state, started = trainer.state_dict(), time.monotonic()
+        self._store.save(
+            name, lambda path: save_checkpoint(path, state, trainer.config, self._mark)
+        )
         self._saved_at = time.monotonic()
         self._last_save_s = self._saved_at - started
 
+    def _load(self, saved: str) -> dict[str, Any] | None:
+        """A checkpoint's state; None, with a line in the log, for one that is gone or damaged."""
+        try:
+            with self._store.opened(f"{saved}/{CHECKPOINT_FILE}") as path:
+                state = load_checkpoint(path).state
+        except FileNotFoundError:
+            print(f"{saved} is gone: starts from the beginning")
+        except ValueError as error:
+            print(f"{error}: starts from the beginning")
+        else:
+            print(f"continues from {saved}")
+            return state
+        return None
+
+    @property
+    def _segment_folder(self) -> str:
+        return segment_name(self._segment["number"], self._segment["attempt"])
+
+    @property
+    def _log(self) -> Path:
+        return self._folder / TRIALS / str(self._segment["number"]) / LOG_FILE
+
+    def _keep_log(self) -> None:
+        """Copy the log to where the checkpoints are, if that is elsewhere; once, as it may fail."""
+        if self._store.uri != str(self._folder):
+            with contextlib.suppress(OSError):
+                name = f"{TRIALS}/{self._segment_folder}/{LOG_FILE}"
+                self._store.put(name, self._log.read_bytes())
+
     def cleanup(self) -> None:
+        self._keep_log()
         self._release()
 
 
@@ -177,13 +240,34 @@ class _CheckedCalls(TorchFunctionMode):
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
     """Append what is printed meanwhile, warnings included, to the trial's log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        path.open("a", encoding="utf-8", buffering=1) as log,
+        contextlib.closing(_Log(path)) as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
         yield
+
+
+class _Log(io.TextIOBase):
+    """A file that loses lines, not the trial, when it cannot be written, as on a full disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO | None = None
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, text: str) -> int:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.write(text)
+        return len(text)
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        super().close()
 
 
 def _figures(metrics: dict[str, Any]) -> str:

@@ -13,8 +13,9 @@ from search.cluster import gpus_per_trial
 from search.driver import Driver
 from search.memory import memory_kills_as_deaths
 from search.plan import Plan
+from search.segments import TRIALS, segment_name
+from search.storage import Storage
 
-TRIALS = "trials"
 TUNE_LEFTOVERS = ("experiment_state-*.json", "search_gen_state-*.json", "tuner.pkl", ".validate*")
 
 
@@ -24,6 +25,7 @@ def run_on_tune(
     driver: Driver,
     slots: Callable[[], int],
     on_step: Callable[[], None],
+    storage: Storage,
 ) -> None:
     """Run the driver's segments on Ray Tune until it says that there are no more."""
     from ray import tune
@@ -37,6 +39,7 @@ def run_on_tune(
         data=plan.data,
         marks=plan.marks,
         sweep_dir=str(sweep_dir),
+        storage=storage,
         loss_files=plan.loss_files,
         memory_gib=plan.config.memory_per_trial,
     )
@@ -54,9 +57,9 @@ def run_on_tune(
         run_config=tune.RunConfig(
             name=TRIALS,
             storage_path=str(sweep_dir),
-            callbacks=[SweepCallback(driver, sweep_dir, on_step)],
+            callbacks=[SweepCallback(driver, on_step)],
             failure_config=tune.FailureConfig(max_failures=0),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     )
@@ -68,8 +71,7 @@ def run_on_tune(
 
 
 def _trial_name(trial: Any) -> str:
-    number, attempt = trial.config["number"], trial.config["attempt"]
-    return str(number) if attempt == 1 else f"{number}.{attempt}"
+    return segment_name(trial.config["number"], trial.config["attempt"])
 
 
 @contextlib.contextmanager

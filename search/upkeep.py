@@ -41,9 +41,11 @@ def check(
     path = sweep.dir / FILE_NAME
     plan = None
     if suggestions:
-        plan = make_plan_again(sweep.config, load_state(path), sweep.dir, cache_dir=cache_dir)
+        plan = make_plan_again(
+            sweep.config, load_state(path), sweep.dir, storage=sweep.storage, cache_dir=cache_dir
+        )
     state, findings = check_journal(path, plan)
-    check_checkpoints(state, sweep.dir, findings)
+    check_checkpoints(state, sweep.storage, findings)
     if not is_running(sweep.dir):  # a driver records with a delay
         sweep.record_rest()
         check_record(state, connect(sweep.tracking_uri), findings)

@@ -41,7 +41,7 @@ def simulated_sweep(out: Path, curve: Curve, **fields: Any) -> Path:
         versions={"torch": "2"},
         tracking=config.tracking_uri or "embedded",
     )
-    driver = Driver.from_journal(config, journal, space, None, clock=clock)
+    driver = Driver.from_journal(config, journal, space, None)
     Simulation(driver, curve, clock=clock, workers=2).run()
     spent = driver.spent is not None
     ended = {"state": "interrupted", "why": "budget"} if spent else {"state": "finished"}

@@ -25,8 +25,9 @@ from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from search.config import SweepConfig, parse_sweep
-from search.driver import REPORT, Driver, Next, Segment
+from search.driver import REPORT, Driver
 from search.journal import Journal
+from search.segments import Next, Segment
 from search.simulate import VirtualClock, start_simulated
 from spaces import Space
 
@@ -220,7 +221,7 @@ class Ours:
     def rebuilt(self) -> Ours:
         """The same sweep after a kill."""
         journal = Journal(self.driver.journal.path, clock=self.clock)
-        self.driver = Driver.from_journal(self.config, journal, self.space, None, clock=self.clock)
+        self.driver = Driver.from_journal(self.config, journal, self.space, None)
         return self
 
     def told(self, segment: Segment) -> optuna.trial.FrozenTrial:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from search.budget import gpu_hours, spent_budget
 from search.config import SweepConfig
-from search.driver import Driver, Next, Segment
+from search.driver import Driver
 from search.journal import FILE_NAME, load_state, read_events
 from search.run import Sweep
+from search.segments import Next, Segment
 from search.simulate import Outcome
 from tests.simulated import simulated_sweep
 from tests.test_driver import MARKS, RUNGS, TOTAL

@@ -10,11 +10,12 @@ from typing import Any, cast
 import pytest
 
 from search.check import Findings, check_checkpoints, check_journal, check_record
-from search.driver import Segment
 from search.journal import FILE_NAME, JournalError, load_state
 from search.plan import Plan
 from search.run import Sweep
+from search.segments import Segment
 from search.simulate import Outcome
+from search.storage import Folder
 from search.strata import Strata
 from search.tracking import connect
 from tests.simulated import simulated_sweep, space
@@ -140,7 +141,7 @@ def test_a_checkpoint_that_is_gone_is_found(tmp_path: Path) -> None:
     for trial in kept[1:]:
         (folder / str(trial.checkpoint)).mkdir(parents=True)
     findings = Findings()
-    check_checkpoints(state, folder, findings)
+    check_checkpoints(state, Folder(folder), findings)
     (fault,) = findings.faults
     assert fault.startswith(f"the checkpoint of trial {kept[0].number}, ")
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from analysis.tables import LEADERBOARD_COLUMNS
 from search import console
-from search.run import SweepResult
+from search.result import SweepResult
 
 
 def row(number: int, ending: str, **more: Any) -> dict[str, Any]:

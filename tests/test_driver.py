@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from search.brackets import make_brackets
 from search.config import SweepConfig
-from search.driver import MAX_DEATHS, Driver, Next, Segment
+from search.driver import MAX_DEATHS, Driver
 from search.journal import Journal, JournalError, load_state, read_events
+from search.segments import Next, Segment
 from search.state import FINAL_STATES
 from spaces import Space
 
@@ -278,6 +279,45 @@ def test_a_death_is_retried_from_the_checkpoint_and_the_fourth_one_is_final(tmp_
     assert "killed by the kernel" in driver.journal.state.trials[0].reason
 
 
+@pytest.mark.parametrize("progress", ["a mark", "a checkpoint"])
+def test_a_trial_that_gets_on_between_the_deaths_of_its_workers_is_not_lost(
+    tmp_path: Path, progress: str
+) -> None:
+    driver = start(tmp_path / "e.jsonl", scheduler="none")
+    segment = driver.next_segment(1)
+    for number, mark in enumerate(MARKS[:-1]):
+        assert isinstance(segment, Segment)
+        if progress == "a mark" or number == 0:
+            driver.on_result(result(segment, mark))
+        if progress == "a checkpoint":
+            driver.on_checkpoint(0, mark, f"/0/{mark}")
+        for _ in range(3):
+            driver.on_segment_end(0, None, "killed by the kernel")
+            segment = driver.next_segment(1)
+    trial = driver.journal.state.trials[0]
+    assert (trial.state, trial.deaths_in_a_row) == (None, 3)
+    assert trial.deaths == 3 * (len(MARKS) - 1)
+    driver.on_segment_end(0, None, "killed by the kernel")
+    assert trial.state == "lost"
+    assert trial.reason == "its worker died 4 times without progress: killed by the kernel"
+
+
+def test_a_storage_that_fails_is_not_charged_to_the_trial_and_ends_the_sweep(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "e.jsonl"
+    driver = start(path)
+    assert isinstance(driver.next_segment(1), Segment)
+    driver.on_segment_end(0, None, "search.storage.StorageError: cannot save /x: no space left")
+    trial = driver.journal.state.trials[0]
+    assert (trial.deaths, trial.deaths_in_a_row, trial.state) == (0, 0, None)
+    assert (driver.why, driver.draining) == ("storage", "cannot save /x: no space left")
+    assert driver.next_segment(1) is Next.FINISHED
+    again = start(path).next_segment(1)
+    assert isinstance(again, Segment)
+    assert (again.number, again.attempt) == (0, 2)
+
+
 def test_draining_stops_each_segment_at_its_next_report_with_a_checkpoint(tmp_path: Path) -> None:
     driver = start(tmp_path / "e.jsonl")
     segment = driver.next_segment(1)
@@ -311,9 +351,9 @@ def test_a_full_trial_whose_last_checkpoint_is_missing_is_run_again(tmp_path: Pa
 def test_a_spent_budget_starts_nothing_more(tmp_path: Path) -> None:
     driver = start(tmp_path / "e.jsonl", max_hours=1.0)
     now = driver.journal.state.session_started
-    driver.clock = lambda: now + 3599
+    driver.journal.clock = lambda: now + 3599
     assert isinstance(driver.next_segment(3), Segment)
-    driver.clock = lambda: now + 3601
+    driver.journal.clock = lambda: now + 3601
     assert driver.next_segment(3) is Next.WAIT
     assert driver.spent
 

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from search.driver import Segment
 from search.families import (
     BEST,
     BEST_VALUE,
@@ -25,6 +24,7 @@ from search.families import (
     Family,
     space,
 )
+from search.segments import Segment
 from spaces import run_space
 from trainer.config import parse_config
 

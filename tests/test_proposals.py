@@ -16,9 +16,10 @@ from optuna.distributions import FloatDistribution, distribution_to_json
 from optuna.trial import TrialState as OptunaState
 
 from search.config import SweepConfig
-from search.driver import Driver, Next, Segment
+from search.driver import Driver
 from search.journal import Journal, load_state, read_events
 from search.plan import _grid
+from search.segments import Next, Segment
 from search.state import TrialState
 from search.strata import ONE, Strata
 from spaces import Space
@@ -62,7 +63,7 @@ def begin(
         for trial in warm:
             journal.append("warm_trial", **trial)
     return Driver.from_journal(
-        config, journal, space, defaults, strata=strata, grid=grid, clock=clock, delete=delete
+        config, journal, space, defaults, strata=strata, grid=grid, delete=delete
     )
 
 
@@ -383,13 +384,13 @@ def test_the_sweep_ends_when_its_first_trials_fail_alike(
 ) -> None:
     driver = begin(tmp_path / "e.jsonl", failures_alike=3, scheduler="none")
     assert ends_after(driver, failures) == ends
-    assert driver.gave_up == (ends is not None)
+    assert (driver.why == "failing") == (ends is not None)
     if ends:
         assert "first 3 trials all failed alike" in str(driver.draining)
         assert failures[0][1].partition("\n")[0][:10] in str(driver.draining)
         again = begin(tmp_path / "e.jsonl", failures_alike=3, scheduler="none")
         assert ends_after(again, failures[:4]) is None  # who resumes knows it
-        assert not again.gave_up
+        assert again.why != "failing"
 
 
 def test_a_space_that_always_raises_ends_the_sweep(tmp_path: Path) -> None:
@@ -398,7 +399,7 @@ def test_a_space_that_always_raises_ends_the_sweep(tmp_path: Path) -> None:
 
     driver = begin(tmp_path / "e.jsonl", broken, None)
     assert driver.next_segment(2) is Next.FINISHED
-    assert driver.gave_up
+    assert driver.why == "failing"
     assert len(driver.journal.state.trials) == 5
 
 
@@ -411,7 +412,7 @@ def test_the_sweep_goes_on_where_another_trial_has_made_a_report(
     assert report(driver, issued(driver, 2), RUNGS[0]) == promote
     for _ in range(4):
         fail(driver, issued(driver, 2))
-    assert not driver.gave_up
+    assert driver.why != "failing"
     assert driver.draining is None
     assert issued(driver, 2).number == 5
 

@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from analysis.replay import regret_figure, survival_figure, write_replay
 from search.cli import app
 from search.config import parse_sweep
-from search.driver import Driver, Segment
+from search.driver import Driver
 from search.journal import FILE_NAME, Journal
 from search.replay import RecordedTrial, Recording, Setting, replay, replay_order
 from search.replays import recording_of, settings_of
+from search.segments import Segment
 from search.simulate import Outcome, Simulation, VirtualClock, start_simulated
 from tests.simulated import EPOCH, simulated_sweep
 

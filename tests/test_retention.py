@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.driver import Driver, Segment
+from search.driver import Driver
 from search.journal import read_events
+from search.segments import Segment
 from tests.test_driver import DEFAULTS, MARKS, TOTAL, result, space
 from tests.test_proposals import begin, fail, issued
 

@@ -17,9 +17,10 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from search.config import SAMPLER_NAMES, parse_sweep
-from search.driver import Driver, Segment
+from search.driver import Driver
 from search.journal import load_state, read_events
 from search.plan import _grid
+from search.segments import Segment
 from search.state import SweepState, TrialState
 from search.strata import ONE
 from search.study import INFEASIBLE, SAMPLERS, Study

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.config import SweepConfig, parse_sweep
-from search.driver import MAX_DEATHS, Driver, Segment
+from search.driver import MAX_DEATHS, Driver
 from search.journal import Journal, load_state, read_events
+from search.segments import Segment
 from search.simulate import (
     DIED,
     Outcome,
@@ -87,7 +88,7 @@ def begin(path: Path, config: SweepConfig, curve: Any = mishaps) -> Simulation:
 
 def rebuilt(config: SweepConfig, journal: Journal, clock: VirtualClock) -> Driver:
     strata = STRATA if config.stratify else Strata()
-    return Driver.from_journal(config, journal, space, DEFAULTS, strata=strata, clock=clock)
+    return Driver.from_journal(config, journal, space, DEFAULTS, strata=strata)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -20,9 +20,9 @@ from ray.tune import Callback, ResumeConfig, Stopper
 from ray.tune.search import ConcurrencyLimiter
 
 from search.asha import Asha
-from search.driver import Next, Segment
 from search.journal import load_state
 from search.searcher import SweepSearcher
+from search.segments import Next, Segment
 from search.simulate import Outcome, Simulation, VirtualClock, steady
 from tests.stock import (
     EPOCH,

@@ -46,9 +46,11 @@ def test_a_segment_goes_on_from_its_checkpoint_like_the_whole_run(
 ) -> None:
     whole = trainable(data, tmp_path, segment(0))
     whole.step()
-    whole.save_checkpoint(str(tmp_path / "saved"))
+    whole._last_result = {}
+    saved = whole.save().checkpoint.path
+    assert saved == "trials/0/checkpoint_128"
     expected = whole.step()
-    again = trainable(data, tmp_path, segment(0, checkpoint=str(tmp_path / "saved")))
+    again = trainable(data, tmp_path, segment(0, checkpoint=saved))
     found = again.step()
     assert found["mark"] == expected["mark"] == 256
     for figure in ("knn_top1", "train_loss", "rankme"):

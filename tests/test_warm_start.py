@@ -10,10 +10,11 @@ import pytest
 from optuna.distributions import json_to_distribution
 
 from search.config import SweepConfig
-from search.driver import Driver, Segment
+from search.driver import Driver
 from search.journal import FILE_NAME, Journal, load_state
 from search.plan import Plan, make_plan
 from search.provenance import describe_data
+from search.segments import Segment
 from search.simulate import Outcome, Simulation, VirtualClock
 from search.state import SCHEMA, Event, SweepState
 from search.user_files import to_json
@@ -105,7 +106,7 @@ def carried_out(plan: Plan, out: Path, sweep_id: str = "earlier") -> SweepState:
         data=describe_data(plan.data),
         loss_files=to_json(plan.loss_files),
     )
-    driver = Driver.from_journal(plan.config, journal, plan.space, plan.defaults, clock=clock)
+    driver = Driver.from_journal(plan.config, journal, plan.space, plan.defaults)
     Simulation(driver, curve, clock=clock, workers=3).run()
     return load_state(folder / FILE_NAME)
 

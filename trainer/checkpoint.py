@@ -7,17 +7,14 @@ Left out: the choice of what to keep and when; that is the caller's.
 
 from __future__ import annotations
 
-import os
 import pickle
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from trainer.atomic import replacing
 from trainer.config import TrainConfig, parse_config
 
 FORMAT = 2
@@ -31,27 +28,6 @@ class Checkpoint:
     config: TrainConfig
     mark: int
     state: dict[str, Any]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of `path` once it is written to the end and on disk.
-
-    If the writing fails, the older file stays and nothing else. The folder is made if it is
-    missing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(beside, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], config: TrainConfig, mark: int) -> None:
@@ -88,15 +64,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
                     f"checkpoint {path} holds a wrong configuration: {error}"
                 ) from None
     raise ValueError(f"checkpoint {path} is not one of a trainer of format {FORMAT}; use another")
-
-
-def _sync_folder(folder: Path) -> None:
-    # The rename itself survives a power cut only once the folder is on disk.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def why_unreadable(error: Exception) -> str:

@@ -27,8 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from trainer.atomic import replacing
 from trainer.augment import normalise
-from trainer.checkpoint import replacing
 from trainer.config import TrainConfig, parse_config
 from trainer.models import build_encoder, load_encoder_weights
 

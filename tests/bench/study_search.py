@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from search.config import parse_sweep  # noqa: E402
-from search.driver import Driver, Segment  # noqa: E402
+from search.driver import Driver  # noqa: E402
 from search.families import (  # noqa: E402
     BEST_VALUE,
     FAMILIES,
@@ -50,6 +50,7 @@ from search.families import (  # noqa: E402
     space,
 )
 from search.seeds import derived_fraction  # noqa: E402
+from search.segments import Segment  # noqa: E402
 from search.simulate import Simulation, VirtualClock, start_simulated  # noqa: E402
 from tests.stock import Stock, StockDriver  # noqa: E402
 
