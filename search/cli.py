@@ -181,6 +181,9 @@ def resume(
     out: Annotated[
         Path, typer.Option(help="Folder of sweeps that one from a bucket is brought to.")
     ] = Path("runs"),
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, if it is another by now; local: none.")
+    ] = None,
     download: Download = False,
     cache_dir: CacheDir = None,
     as_json: Json = False,
@@ -193,6 +196,8 @@ def resume(
     folder = fetch_sweep(directory, out) if is_bucket(directory) else Path(directory)
 
     def go_on(sweep: Sweep) -> SweepResult:
+        if address is not None:
+            sweep.config = sweep.config.model_copy(update={"address": address}).resolved()
         return sweep.resume(trials)
 
     _carry_out(lambda **more: Sweep.open(folder, **more), go_on, as_json, download, cache_dir)

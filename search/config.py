@@ -287,6 +287,8 @@ class SweepConfig(BaseModel):
         changes: dict[str, Any] = {"out": str(Path(self.out).expanduser().resolve())}
         if self.data_dir:
             changes["data_dir"] = str(Path(self.data_dir).expanduser().resolve())
+        if self.address == "local":
+            changes["address"] = None
         if self.storage is not None:
             changes["storage"] = storage_at(self.storage).uri
         changes["dataset"] = absolute_source(self.dataset)
