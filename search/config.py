@@ -287,6 +287,8 @@ class SweepConfig(BaseModel):
         changes: dict[str, Any] = {"out": str(Path(self.out).expanduser().resolve())}
         if self.data_dir:
             changes["data_dir"] = str(Path(self.data_dir).expanduser().resolve())
+        if self.node_cache is not None and not self.node_cache.startswith("~"):  # the node's own
+            changes["node_cache"] = str(Path(self.node_cache).resolve())
         if self.address == "local":
             changes["address"] = None
         if self.storage is not None:

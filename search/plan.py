@@ -18,7 +18,7 @@ from search.comparable import check_comparable
 from search.config import LABEL_FREE, SHARED_FIELDS, SweepConfig
 from search.memory import check_memory_limit
 from search.points import check_point, grid
-from search.provenance import describe_data, held_in_memory, labelled_in_memory
+from search.provenance import describe_data, held_in_memory, in_files, labelled_in_memory
 from search.seeds import derived_seed
 from search.segments import CHECKPOINT_FILE
 from search.state import SweepState
@@ -138,6 +138,11 @@ def make_plan(
         cache_dir=cache_dir,
         progress=progress,
     )
+    if config.node_cache is not None and not in_files(data):
+        raise ValueError(
+            "node_cache is for images that stay in files, and all of these are held in memory, "
+            "which reaches each node once anyway; leave it out, or use --in-memory no"
+        )
     for each in configurations:
         check_fits(each, data)
     check_weights(configurations)

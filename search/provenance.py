@@ -48,6 +48,11 @@ def describe_data(data: DataSplits) -> dict[str, Any]:
     }
 
 
+def in_files(data: DataSplits) -> bool:
+    """Whether images of a data set are decoded as they are needed, some or all."""
+    return any(not isinstance(each.images, np.ndarray) for each in (data.train, data.val))
+
+
 def held_in_memory(described: dict[str, Any]) -> Literal["yes", "no"]:
     """`in_memory` of the configuration that gives described data again: yes or no, never auto."""
     return "yes" if described.get("in_memory", True) else "no"

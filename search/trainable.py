@@ -8,6 +8,7 @@ only an error that leaves the process unusable is raised, and Ray replaces the w
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import socket
@@ -25,6 +26,7 @@ from ray.tune.trainable.trainable import _TrainingResult
 from torch.overrides import TorchFunctionMode
 
 from search.memory import MemoryLimit
+from search.node_data import FolderFiles, fetch_from_node, on_this_node
 from search.segments import (
     CHECKPOINT_FILE,
     CHECKPOINT_PREFIX,
@@ -56,6 +58,9 @@ class ContrastiveTrainable(tune.Trainable):
         storage: Storage | None = None,
         loss_files: tuple[LossFile, ...] = (),
         memory_gib: float | None = None,
+        files: tuple[FolderFiles, ...] = (),
+        node_cache: str | None = None,
+        driver_node: str = "",
     ) -> None:
         assert data is not None
         self._data, self._marks = data, marks
@@ -67,6 +72,7 @@ class ContrastiveTrainable(tune.Trainable):
                 (self._folder / file.copy).write_bytes(self._store.read(file.copy))
             check_loss_files(loss_files, self._folder, originals=False)
         self._loss_files, self._memory_gib = loss_files, memory_gib
+        self._files, self._node_cache, self._driver_node = files, node_cache, driver_node
         self._last_save_s, self._saved_at = 0.0, -float("inf")
         self._begin(config)
 
@@ -139,6 +145,10 @@ class ContrastiveTrainable(tune.Trainable):
         saved = self._segment["checkpoint"]
         print(f"trial {self._segment['number']}, attempt {self._segment['attempt']}")
         print(config.model_dump_json())
+        if self._files:  # the worker's first trial; one that fails here leaves it to the next
+            fetch = functools.partial(fetch_from_node, self._driver_node)
+            self._data = on_this_node(self._data, self._files, self._node_cache, fetch)
+            self._files = ()
         self._trainer = Trainer(config, self._data, marks=self._marks)
         state = patiently(lambda: self._load(saved), f"read {saved}") if saved else None
         if state is not None:

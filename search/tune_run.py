@@ -12,6 +12,7 @@ from typing import Any
 from search.cluster import gpus_per_trial
 from search.driver import Driver
 from search.memory import memory_kills_as_deaths
+from search.node_data import files_to_share
 from search.plan import Plan
 from search.segments import TRIALS, segment_name
 from search.storage import Storage
@@ -28,12 +29,14 @@ def run_on_tune(
     storage: Storage,
 ) -> None:
     """Run the driver's segments on Ray Tune until it says that there are no more."""
+    import ray
     from ray import tune
 
     from search.schedulers import SweepCallback, SweepScheduler
     from search.searcher import SweepSearcher
     from search.trainable import ContrastiveTrainable
 
+    config = plan.config
     trainable = tune.with_parameters(
         ContrastiveTrainable,
         data=plan.data,
@@ -41,9 +44,12 @@ def run_on_tune(
         sweep_dir=str(sweep_dir),
         storage=storage,
         loss_files=plan.loss_files,
-        memory_gib=plan.config.memory_per_trial,
+        memory_gib=config.memory_per_trial,
+        files=files_to_share(plan.data) if config.address or config.node_cache else (),
+        node_cache=config.node_cache,
+        driver_node=ray.get_runtime_context().get_node_id(),
     )
-    resources = {"cpu": plan.config.cpus_per_trial, "gpu": gpus_per_trial(plan.config)}
+    resources = {"cpu": config.cpus_per_trial, "gpu": gpus_per_trial(config)}
     tuner = tune.Tuner(
         tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(

@@ -207,6 +207,19 @@ def test_files_pickle_small_and_work_on_read_only_memory(tmp_path: Path) -> None
     assert len(pickle.dumps(many)) < 20 * len(many)
 
 
+def test_copies_in_another_folder_are_the_same_images(tmp_path: Path) -> None:
+    files = files_of(write_greys(tmp_path / "data", 3), [0, 1, 0])
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = files.in_folder(str(tmp_path / "moved"))
+    assert moved.decoded()[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert moved.name(1) == files.name(1)
+    assert moved.file_names().tolist() == [b"00.png", b"01.png", b"02.png"]
+    np.arange(24, dtype=np.uint8).tofile(tmp_path / "moved" / "a.bin")
+    raw = RawImages("/nowhere", (("a.bin", 2),), side=2, rows=np.arange(2), image_size=2)
+    assert raw[:1].file_names().tolist() == [b"a.bin"]
+    assert raw.in_folder(str(tmp_path / "moved")).decoded().sum() == sum(range(24))
+
+
 def test_names_of_any_encoding_survive(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

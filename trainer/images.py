@@ -132,6 +132,14 @@ class StoredImages(ABC):
         What cannot be read at all is a ValueError in one line.
         """
 
+    @abstractmethod
+    def file_names(self) -> NDArray[np.bytes_]:
+        """Paths of the files below `folder`, in the file system's encoding."""
+
+    @abstractmethod
+    def in_folder(self, folder: str) -> StoredImages:
+        """The same images, read from copies of the files below another folder."""
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """[N, 3, S, S], as of the array that these would be."""
@@ -177,6 +185,14 @@ class ImageFiles(StoredImages):
     def name(self, row: int) -> str:
         """Path of a file below `folder`."""
         return os.fsdecode(bytes(self.names[row]))
+
+    def file_names(self) -> NDArray[np.bytes_]:
+        """See `StoredImages`."""
+        return self.names
+
+    def in_folder(self, folder: str) -> ImageFiles:
+        """See `StoredImages`."""
+        return replace(self, folder=folder)
 
     def read(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int]]:
         """Decode rows -> (uint8 [B, 3, S, S], rows of the corrupt files met on the way).
@@ -239,6 +255,14 @@ class RawImages(StoredImages):
         """Name of a file below `folder`, and the image's number in it."""
         file, number = self._place(row)
         return f"{file}, image {number}"
+
+    def file_names(self) -> NDArray[np.bytes_]:
+        """See `StoredImages`."""
+        return np.array([os.fsencode(file) for file, _ in self.files], np.bytes_)
+
+    def in_folder(self, folder: str) -> RawImages:
+        """See `StoredImages`."""
+        return replace(self, folder=folder)
 
     def read(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int]]:
         """Read rows -> (uint8 [B, 3, S, S], no rows: any bytes are an image)."""
