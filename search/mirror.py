@@ -264,18 +264,20 @@ def fetch_sweep(uri: str, out: Path) -> Path:
         if not theirs:
             raise MirrorError(f"there is no sweep at {storage.uri}")
         ours = (folder / FILE_NAME).read_bytes() if (folder / FILE_NAME).exists() else b""
-        if ours.startswith(theirs):
-            return folder  # this machine knows more: it drove the sweep last
-        if folder.exists() and not (ours and theirs.startswith(ours[: ours.rfind(b"\n") + 1])):
+        older = bool(ours) and theirs.startswith(ours[: ours.rfind(b"\n") + 1])
+        newer = ours.startswith(theirs)  # this machine drove the sweep last
+        if folder.exists() and not (older or newer):
             raise MirrorError(
                 f"{folder} exists and is not this sweep, or went on apart from it; choose another "
                 "--out"
             )
         folder.mkdir(parents=True, exist_ok=True)
         for name in storage.sizes(""):
-            if "/" not in name and any(Path(name).match(pattern) for pattern in FILES):
+            of_plan = "/" not in name and any(Path(name).match(pattern) for pattern in FILES)
+            if of_plan and not (folder / name).exists():
                 write_atomically(folder / name, storage.read(name))
-        write_atomically(folder / FILE_NAME, theirs)
+        if not newer:
+            write_atomically(folder / FILE_NAME, theirs)
     except OSError as error:
         raise MirrorError(_unreachable(storage, error)) from None
     return folder

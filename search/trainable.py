@@ -143,7 +143,9 @@ class ContrastiveTrainable(tune.Trainable):
         config = parse_config(self._segment["fields"])
         config = with_copied_loss(config, self._loss_files, self._folder)
         saved = self._segment["checkpoint"]
-        print(f"trial {self._segment['number']}, attempt {self._segment['attempt']}")
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES")  # set by Ray where a trial has a share of one
+        where = f"on {socket.gethostname()}" + (f", GPU {gpu}" if gpu else "")
+        print(f"trial {self._segment['number']}, attempt {self._segment['attempt']}, {where}")
         print(config.model_dump_json())
         if self._files:  # the worker's first trial; one that fails here leaves it to the next
             fetch = functools.partial(fetch_from_node, self._driver_node)
