@@ -27,7 +27,8 @@ from search.proposals import Proposals
 from search.seeds import derived_fraction
 from search.state import Event, SweepState, TrialState
 from search.storage import Storage, joined
-from search.tracking import EXPERIMENT, PREFIX, STATUS, runs_of
+from search.store import EXPERIMENT, PREFIX, runs_of
+from search.tracking import STATUS
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

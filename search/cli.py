@@ -357,7 +357,7 @@ def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
         err_console.print(f"{first}go on with: contrasweep resume {result.dir}", soft_wrap=True)
         if result.why == "budget":
             return
-        raise typer.Exit(1 if result.why in ("failing", "storage") else INTERRUPTED)
+        raise typer.Exit(1 if result.why in ("failing", "storage", "node") else INTERRUPTED)
     if result.best is None and result.trials:
         err_console.print(f"no trial came to a result; see {result.dir / 'trials'}/*/log.txt")
         raise typer.Exit(1)

@@ -21,7 +21,7 @@ from search.brackets import Brackets, rebuilt_brackets
 from search.budget import spent_budget
 from search.commands import refusal
 from search.config import SweepConfig
-from search.endings import ending_by_deaths, ending_of, first_failed_alike
+from search.endings import culprit, ending_by_deaths, ending_of, first_failed_alike
 from search.journal import Journal
 from search.memory import killed_for_memory
 from search.proposals import Proposals
@@ -29,7 +29,6 @@ from search.retention import Retention
 from search.seeds import derived_fraction
 from search.segments import Next, Segment
 from search.state import TrialState
-from search.storage import StorageError
 from search.strata import Strata
 from spaces import Space
 
@@ -60,7 +59,8 @@ class Driver:
     spent: str | None = None
     """Which budget ran out, so that no new trial is suggested."""
     why: str = "asked"
-    """What kind of draining it is: asked, failing (the first trials all failed alike), storage."""
+    """What kind of draining it is: asked, failing (the first trials all failed alike), storage or
+    node (which failed)."""
     crash: BaseException | None = None
     """An error that ends the sweep; Ray swallows what its hooks raise."""
 
@@ -315,14 +315,14 @@ class Driver:
         self.to_reissue[number] = None
 
     def _died(self, trial: TrialState, reason: str) -> None:
-        of_storage = StorageError.__name__ in reason
-        kind = {"of_memory": killed_for_memory(reason), "of_storage": of_storage}
+        other = culprit(reason)
+        kind = {"of_memory": killed_for_memory(reason), "charged": other is None}
         self.journal.append(
             "died", number=trial.number, attempt=trial.attempts, reason=reason, **kind
         )
-        if of_storage:  # no fault of the trial's, and others would fare no better
-            self.why = "storage"
-            self.drain(reason.partition(f"{StorageError.__name__}: ")[2] or reason)
+        if other is not None:  # the next trials would fare no better
+            self.why, told = other
+            self.drain(told)
         if trial.memory_deaths > 1:  # once may be another process's fault
             self._finish(trial, "oom", reason[:MAX_REASON])
         elif trial.paused_at is not None:
@@ -376,6 +376,17 @@ class Driver:
             self.proposals.study.tell(trial.number, state, trial.values(self.config.objectives))
         self.retention.ended(trial, self.journal)
         self._give_up_if_all_fail_alike()
+
+    def ending(self) -> dict[str, str]:
+        """How the sweep ends by now, as the journal is told it; finished only with nothing open."""
+        state, asked = self.journal.state, self.draining or self.spent
+        done = not state.open and len(state.trials) >= state.planned
+        if state.open or (asked is not None and not done):
+            why = "budget" if self.why == "asked" and self.spent else self.why
+            reason = asked or "Ray Tune was interrupted"  # by SIGUSR1
+            return {"state": "interrupted", "reason": reason, "why": why}
+        reason = self.spent or self.proposals.exhausted or ""
+        return {"state": "finished", "reason": reason, "why": ""}
 
     def _give_up_if_all_fail_alike(self) -> None:
         alike = first_failed_alike(self.journal.state, self.config.failures_alike)

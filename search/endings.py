@@ -13,6 +13,15 @@ WORDS = {"pruned": "stopped early", "oom": "out of memory"}
 """What people read instead of a state's name, where that differs."""
 
 
+def culprit(death: str) -> tuple[str, str] | None:
+    """What a worker died of that is no fault of its trial's, storage or node, and what it said."""
+    for error, what in (("StorageError", "storage"), ("NodeError", "node")):
+        _, found, told = death.partition(f"{error}: ")
+        if found:
+            return what, told
+    return None
+
+
 def in_words(trial: TrialState) -> str:
     """How a trial ended, for people; empty while it has not."""
     by_command = trial.state == "pruned" and trial.reason == BY_COMMAND

@@ -1,4 +1,4 @@
-"""A trial's share of the host's memory, and what Ray says when the host itself runs short.
+"""A trial's share of memory, the host's and the GPU's, and what Ray says when the host runs short.
 
 `MemoryLimit` watches what the worker process holds and ends a trial that takes too much, as an
 exception in that trial: `check` raises it where it is called. The kernel's own limit (RLIMIT_DATA)
@@ -10,6 +10,9 @@ Counted is anonymous memory in use: tensors, arrays, Python's objects, the touch
 What a process loads once, about 90 MiB with its first training, counts for its first trial.
 Not counted: files and memory shared between processes (the sweep's data set among them), what the
 GPU holds, and processes that the trial starts, such as those that decode images.
+
+`cap_gpu_memory` holds a worker to its share of a GPU, which torch's allocator itself refuses to
+exceed: the trial that asks for more runs out of memory, none of those beside it.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from typing import Any
 INTERVAL_S = 0.01
 """Between two looks at the memory; a look takes about 20 us."""
 GIB = 2**30
+CUDA_CONTEXT_BYTES = GIB // 2
+"""Set aside of each process's share for its CUDA context, which torch does not count."""
 MAX_REASON = 500
 _STATM = "/proc/self/statm"
 _KILLED_FOR_MEMORY = re.compile(r"due to the node running low on memory|NODE_OUT_OF_MEMORY")
@@ -121,6 +126,33 @@ def _give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     if trim is not None:
         trim(0)
+
+
+# ---- several workers on one GPU
+
+
+def cap_gpu_memory(gpus: float | None) -> None:
+    """Let torch take no more of this process's GPU than the share `gpus` of it, if below 1.
+
+    Called by a worker before it first allocates there. Beyond it a trial gets torch's own
+    out-of-memory error. Without CUDA, or with whole GPUs, nothing is done.
+    """
+    if gpus is None or not 0 < gpus < 1:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction(gpus, total), 0)
+
+
+def gpu_memory_fraction(gpus: float, total_bytes: int) -> float:
+    """The fraction of a GPU's memory for the tensors of a process that has `gpus` of the GPU.
+
+    Its share less its CUDA context, so that 1 / gpus processes fit together; at least half of the
+    share, where that is too small to be of use.
+    """
+    return max(gpus - CUDA_CONTEXT_BYTES / total_bytes, gpus / 2)
 
 
 # ---- Ray's own memory monitor, which kills workers of a node that runs short

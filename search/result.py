@@ -23,7 +23,7 @@ class SweepResult:
     reason: str
     why: str
     """Of an interrupted one: failing (the first trials all fail alike), storage (checkpoints could
-    not be saved), budget, or asked."""
+    not be saved), node (one cannot run the trials), budget, or asked."""
     pareto: list[dict[str, Any]]
     """With several objectives, the trials that none beats in all: `trial`, `values`, `params`."""
     best: dict[str, Any] | None

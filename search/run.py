@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from search.budget import spent_budget
-from search.cluster import await_dead_workers, gpus_per_trial, ray_cluster
+from search.cluster import await_dead_workers, gpus_per_trial, ray_cluster, trial_nodes
 from search.commands import CommandFile
 from search.config import (
     SweepConfig,
@@ -33,6 +33,7 @@ from search.driver import Driver, guarded
 from search.journal import FILE_NAME, Journal, JournalError, load_state
 from search.locks import LOCK_NAME, locked
 from search.mirror import Mirror, MirrorError, check_new, fully_mirrored
+from search.nodes import check_shared
 from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again
 from search.provenance import describe_data, git_commit, versions
 from search.result import SweepResult, result_of
@@ -112,7 +113,7 @@ class Sweep:
         if self.config.storage is not None:
             check_new(self.storage)
         with (
-            ray_cluster(self.config) as slots,
+            self._cluster() as slots,
             self._writing(plan) as journal,
             self._mirroring(journal) as mirror,
         ):
@@ -188,7 +189,7 @@ class Sweep:
             await_dead_workers(state)
             journal = Journal(self.dir / FILE_NAME)
             journal.drop_torn_line()
-            with self._mirroring(journal) as mirror, ray_cluster(self.config) as slots:
+            with self._mirroring(journal) as mirror, self._cluster() as slots:
                 self._drop_orphans(state)
                 planned = journal.state.planned + trials
                 journal.append(
@@ -273,6 +274,14 @@ class Sweep:
             mirror.stop(timeout_s=2.0 if _ends_now() else 30.0)
 
     @contextlib.contextmanager
+    def _cluster(self) -> Iterator[Callable[[], int]]:
+        """Ray, and what its nodes must see of the sweep's files."""
+        with ray_cluster(self.config) as slots:
+            if self.config.address is not None and isinstance(self.storage, Folder):
+                check_shared(self.storage.path, trial_nodes(self.config))
+            yield slots
+
+    @contextlib.contextmanager
     def _writing(self, plan: Plan) -> Iterator[Journal]:
         """A new, locked folder with sweep.yaml, the copy of the space and an empty journal."""
         try:
@@ -321,16 +330,7 @@ class Sweep:
                 journal.append("sweep_finished", state="interrupted", reason=reason)
             raise
         else:
-            state = journal.state
-            done = not state.open and len(state.trials) >= state.planned
-            cut = (driver.draining or driver.spent) is not None and not done
-            reasons = driver.draining if cut else "", driver.spent, driver.proposals.exhausted
-            journal.append(
-                "sweep_finished",
-                state="interrupted" if cut else "finished",
-                reason=next(filter(None, reasons), ""),
-                why=_why(driver) if cut else "",
-            )
+            journal.append("sweep_finished", **driver.ending())
         finally:
             wait_s = 2.0 if _ends_now() else 30.0
             unmirrored = None if mirror is None else mirror.stop(timeout_s=wait_s)
@@ -349,11 +349,6 @@ class Sweep:
             unrecorded=unrecorded,
             unmirrored=unmirrored,
         )
-
-
-def _why(driver: Driver) -> str:
-    """What kind of end it is that leaves trials unfinished."""
-    return "budget" if driver.why == "asked" and driver.spent else driver.why
 
 
 def sweep_folder(directory: Path) -> Path:

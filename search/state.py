@@ -319,7 +319,7 @@ def _on_checkpoint_dropped(state: SweepState, event: Event) -> None:
 
 def _on_died(state: SweepState, event: Event) -> None:
     trial = state.trials[int(event["number"])]
-    if not event.get("of_storage", False):
+    if event.get("charged", True):
         trial.deaths += 1
         trial.deaths_in_a_row += 1
     trial.memory_deaths += bool(event.get("of_memory", False))

@@ -38,12 +38,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,52 +58,21 @@ from search.records import (
 from search.segments import CHECKPOINT_FILE
 from search.state import Event, SweepState, TrialState
 from search.storage import Folder, Storage
+from search.store import EXPERIMENT, PREFIX, connect, runs_of
 from search.uris import redacted
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Param, Run
+    from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 
-EXPERIMENT = "contrasweep"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow's page opens on runs and curves, not on traces of language models."""
-PREFIX = "contrasweep."
 BATCH_METRICS, BATCH_PARAMS, TAG_CHARS = 1000, 100, 5000
 """Limits of MLflow's log_batch."""
 POLL_S = 1.0
 DEFAULTS = {name: info.default for name, info in TrainConfig.model_fields.items()}
 STATUS = {"completed": "FINISHED", "pruned": "KILLED"}
-
-
-def connect(tracking_uri: str) -> MlflowClient:
-    """MLflow's client, which gives up soon, as it is asked again, and says little."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    from mlflow.tracking import MlflowClient
-
-    for name in ("mlflow", "alembic"):  # the making of tables is no news to the user
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=tracking_uri)
-
-
-def runs_of(client: MlflowClient, experiment: str, sweep_id: str) -> Iterator[Run]:
-    """The runs of a sweep, its own and its trials', page by page."""
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment],
-            f"tags.`{PREFIX}sweep_id` = '{sweep_id}'",
-            max_results=1000,
-            page_token=token,
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 class Recorder:

@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,8 +25,9 @@ from ray import tune
 from ray.tune.trainable.trainable import _TrainingResult
 from torch.overrides import TorchFunctionMode
 
-from search.memory import MemoryLimit
+from search.memory import MemoryLimit, cap_gpu_memory
 from search.node_data import FolderFiles, fetch_from_node, on_this_node
+from search.nodes import check_same
 from search.segments import (
     CHECKPOINT_FILE,
     CHECKPOINT_PREFIX,
@@ -61,7 +62,12 @@ class ContrastiveTrainable(tune.Trainable):
         files: tuple[FolderFiles, ...] = (),
         node_cache: str | None = None,
         driver_node: str = "",
+        gpus: float = 0.0,
+        software: Mapping[str, str] | None = None,
     ) -> None:
+        if software is not None:
+            check_same(software)
+        cap_gpu_memory(gpus)
         assert data is not None
         self._data, self._marks = data, marks
         self._store: Storage = storage or Folder(Path(sweep_dir))

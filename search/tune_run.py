@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from search.cluster import gpus_per_trial
 from search.driver import Driver
 from search.memory import memory_kills_as_deaths
 from search.node_data import files_to_share
+from search.nodes import fingerprint
 from search.plan import Plan
 from search.segments import TRIALS, segment_name
 from search.storage import Storage
@@ -48,6 +50,8 @@ def run_on_tune(
         files=files_to_share(plan.data) if config.address or config.node_cache else (),
         node_cache=config.node_cache,
         driver_node=ray.get_runtime_context().get_node_id(),
+        gpus=gpus_per_trial(config),
+        software=fingerprint() if config.address is not None else None,
     )
     resources = {"cpu": config.cpus_per_trial, "gpu": gpus_per_trial(config)}
     tuner = tune.Tuner(
@@ -69,8 +73,15 @@ def run_on_tune(
             verbose=0,
         ),
     )
-    with memory_kills_as_deaths():
-        tuner.fit()
+    # What happens to trials stands in the journal and their logs; Tune adds tracebacks of each.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    try:
+        with memory_kills_as_deaths():
+            tuner.fit()
+    except Exception:
+        # Where the disk is full, Tune fails once more over its own files of errors.
+        if driver.crash is None and driver.draining is None:
+            raise
     for leftover in TUNE_LEFTOVERS:  # the journal is the state
         for path in (sweep_dir / TRIALS).glob(leftover):
             path.unlink()

@@ -35,7 +35,7 @@ def check(
     from search.journal import FILE_NAME, load_state
     from search.plan import make_plan_again
     from search.run import Sweep, is_running
-    from search.tracking import connect
+    from search.store import connect
 
     sweep = Sweep.open(directory)
     path = sweep.dir / FILE_NAME

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -128,3 +129,24 @@ def test_kill_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
         assert torch.equal(weights, torch.full((500_000,), float(checkpoint.mark)))
         marks.append(checkpoint.mark)
     assert max(marks) >= 1
+
+
+def test_a_full_disk_is_the_system_s_error_and_leaves_the_older_file(tmp_path: Path) -> None:
+    """torch raises a RuntimeError of its own while it closes the archive."""
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)],
+        capture_output=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip("a small file system is mounted, which takes root")
+    try:
+        path, config = tmp_path / "checkpoint.pt", TrainConfig()
+        save_checkpoint(path, {"step": 1}, config, 100)
+        with pytest.raises(OSError, match="No space left") as raised:
+            save_checkpoint(path, {"weights": torch.zeros(20_000)}, config, 200)
+        assert raised.value.errno == errno.ENOSPC
+        assert load_checkpoint(path).mark == 100
+        assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

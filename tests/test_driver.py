@@ -302,16 +302,19 @@ def test_a_trial_that_gets_on_between_the_deaths_of_its_workers_is_not_lost(
     assert trial.reason == "its worker died 4 times without progress: killed by the kernel"
 
 
-def test_a_storage_that_fails_is_not_charged_to_the_trial_and_ends_the_sweep(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("error", "why"), [("search.storage.StorageError", "storage"), ("NodeError", "node")]
+)
+def test_a_storage_or_node_that_fails_is_not_charged_to_the_trial_and_ends_the_sweep(
+    tmp_path: Path, error: str, why: str
 ) -> None:
     path = tmp_path / "e.jsonl"
     driver = start(path)
     assert isinstance(driver.next_segment(1), Segment)
-    driver.on_segment_end(0, None, "search.storage.StorageError: cannot save /x: no space left")
+    driver.on_segment_end(0, None, f"{error}: cannot save /x: no space left")
     trial = driver.journal.state.trials[0]
     assert (trial.deaths, trial.deaths_in_a_row, trial.state) == (0, 0, None)
-    assert (driver.why, driver.draining) == ("storage", "cannot save /x: no space left")
+    assert (driver.why, driver.draining) == (why, "cannot save /x: no space left")
     assert driver.next_segment(1) is Next.FINISHED
     again = start(path).next_segment(1)
     assert isinstance(again, Segment)

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from search.memory import (
+    CUDA_CONTEXT_BYTES,
+    GIB,
     MemoryLimit,
     MemoryLimitError,
+    cap_gpu_memory,
     check_memory_limit,
     death_reason,
+    gpu_memory_fraction,
     killed_for_memory,
 )
 from trainer.device import keep_freed_memory
@@ -69,6 +74,56 @@ def test_child_processes_are_neither_counted_nor_limited() -> None:
         child.start()
         child.join()
     assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("total", [8 * GIB, 16 * GIB, 80 * GIB])
+@pytest.mark.parametrize("trials", [2, 3, 4, 8, 16])
+def test_trials_on_one_gpu_fit_together_with_their_contexts(trials: int, total: int) -> None:
+    fraction = gpu_memory_fraction(1 / trials, total)
+    assert 0 < fraction < 1 / trials
+    if total / trials >= 2 * CUDA_CONTEXT_BYTES:
+        assert trials * (fraction * total + CUDA_CONTEXT_BYTES) == pytest.approx(total)
+    else:
+        assert fraction == 0.5 / trials  # no use to anybody, but a number that torch takes
+
+
+def test_without_a_share_of_a_gpu_nothing_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> bool:
+        raise AssertionError("CUDA is looked for")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", asked)
+        for gpus in (None, 0.0, 1.0, 2.0):
+            cap_gpu_memory(gpus)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cap_gpu_memory(0.25)
+
+
+CAPPED = """
+import torch
+from search.memory import cap_gpu_memory
+total = torch.cuda.get_device_properties(0).total_memory
+cap_gpu_memory(0.1)
+torch.empty(total // 20, dtype=torch.uint8, device="cuda")
+try:
+    torch.empty(total // 9, dtype=torch.uint8, device="cuda")
+except torch.cuda.OutOfMemoryError:
+    print("REFUSED")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_process_that_asks_for_more_than_its_share_of_a_gpu_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CAPPED],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.strip() == "REFUSED", done.stderr[-2000:]
 
 
 RAY_KILL = """Failure # 1 (occurred at 2026-11-24_12-49-27)

@@ -33,11 +33,24 @@ class Checkpoint:
 def save_checkpoint(path: Path, state: dict[str, Any], config: TrainConfig, mark: int) -> None:
     """Write a checkpoint to `path`, replacing an older one only once the new one is on disk.
 
-    `state` holds tensors and plain Python only. The folder is made if it is missing.
+    `state` holds tensors and plain Python only. The folder is made if it is missing. OSError where
+    it cannot be written.
     """
     content = {"format": FORMAT, "config": config.model_dump(), "mark": mark, "state": state}
     with replacing(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # Closing its archive, torch fails once more and hides why the disk refused.
+            raise _system_error(error) or error from None
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The OSError that an error was raised upon, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -1,0 +1,71 @@
+"""MLflow's store: a client of it, a new one made, and a sweep's runs found in it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+EXPERIMENT = "contrasweep"
+PREFIX = "contrasweep."
+"""Of the names of tags."""
+
+
+def connect(tracking_uri: str) -> MlflowClient:
+    """MLflow's client, which gives up soon, as it is asked again, and says little."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow.tracking import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # the making of tables is no news to the user
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # raised, too
+    if tracking_uri.startswith("sqlite:///"):
+        _make_tables(Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0]))
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+def _make_tables(database: Path) -> None:
+    """A new SQLite store, there with all its tables or not at all.
+
+    MLflow makes them one by one in seconds, and two processes that do so at once, or one that is
+    killed meanwhile, leave a store that never works again.
+    """
+    if database.exists() or not database.parent.is_dir():
+        return
+    from mlflow.tracking import MlflowClient
+
+    made = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(made, database)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def runs_of(client: MlflowClient, experiment: str, sweep_id: str) -> Iterator[Run]:
+    """The runs of a sweep, its own and its trials', page by page."""
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            f"tags.`{PREFIX}sweep_id` = '{sweep_id}'",
+            max_results=1000,
+            page_token=token,
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
