@@ -1,5 +1,6 @@
 # make demo    a sweep on the built-in digits, about two minutes on two cores, and its report
 # make test    ruff, mypy, pytest
+# make chaos   real drivers, workers, nodes and servers killed, each on its own; about 25 minutes
 # make bench   tests/bench/bench_*.py, one after another
 #
 # PYTHON=python3.12        the interpreter that makes .venv (3.11 or newer)
@@ -20,7 +21,7 @@ SOURCES := trainer spaces search analysis tests
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
 NAME := demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint chaos bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +38,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+chaos: $(VENV)/installed-dev
+	@rows=$$(mktemp) && trap 'rm -f "$$rows"' EXIT && status=0; \
+	CONTRASWEEP_CHAOS=full CONTRASWEEP_CHAOS_ROWS=$$rows OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/test_chaos_*.py $(PYTEST_FLAGS) || status=$$?; \
+	$(BIN)/python tests/chaos.py table "$$rows"; exit $$status
 
 bench: $(VENV)/installed-dev
 	@set -e; for file in tests/bench/bench_*.py; do \

@@ -163,8 +163,8 @@ def shipped_code() -> Iterator[dict[str, Any]]:
 
     Our packages alone: `working_dir` would ship the whole current folder, with its sweeps, data
     and virtual environment. The first worker of each node is ready about a second later for it,
-    measured with three raylets on two cores. What a submitted job ships itself (`ray job submit --working-dir`)
-    stays; of fields that both name Ray would take neither, so they are joined here.
+    measured with three raylets on two cores. What a submitted job ships itself (`ray job submit
+    --working-dir`) stays; of fields that both name Ray would take neither, so they are joined here.
     """
     config = json.loads(os.environ.get(_JOB_CONFIG, "null")) or {}
     job = config.get("runtime_env") or {}

@@ -16,8 +16,8 @@ from search.run import Sweep
 from search.segments import Segment
 from search.simulate import Outcome
 from search.storage import Folder
+from search.store import connect
 from search.strata import Strata
-from search.tracking import connect
 from tests.simulated import simulated_sweep, space
 
 Events = list[dict[str, Any]]

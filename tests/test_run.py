@@ -1,4 +1,4 @@
-"""Whole sweeps on real Ray: killed, interrupted, failing, extended."""
+"""Whole sweeps on real Ray: interrupted, failing. tests/test_chaos_*.py kill them."""
 
 import json
 import os
@@ -6,17 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.tracking import MlflowClient
 
-from search.asha import Asha
 from search.journal import load_state
-from search.state import FINAL_STATES, SweepState
+from search.state import SweepState
+from tests.chaos import checked
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -58,59 +56,6 @@ def in_mid_sweep(state: SweepState) -> bool:
     return ended >= 2 and any(trial.reports for trial in state.unfinished())
 
 
-def check_whole(out: Path, planned: int) -> SweepState:
-    state = load_state(out / "s" / "events.jsonl")
-    assert sorted(state.trials) == list(range(planned))
-    assert all(trial.state in FINAL_STATES for trial in state.trials.values())
-    marks = Counter((report["number"], report["mark"]) for report in state.reports)
-    assert set(marks.values()) == {1}
-    asha = Asha(state.header["rungs"])
-    for report in state.reports:
-        value = report["metrics"]["knn_top1"]
-        assert asha.report(report["number"], report["mark"], value).to_json() == report["decision"]
-
-    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("contrasweep")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    kinds = Counter(run.data.tags["contrasweep.kind"] for run in runs)
-    assert kinds == {"sweep": 1, "trial": planned}
-    for run in runs:
-        if run.data.tags["contrasweep.kind"] == "trial":
-            trial = state.trials[int(run.data.tags["contrasweep.number"])]
-            assert run.data.tags["contrasweep.state"] == trial.state
-            history = client.get_metric_history(run.info.run_id, "knn_top1")
-            assert [point.step for point in history] == [
-                report["samples_seen"] for report in trial.reports.values()
-            ]
-    return state
-
-
-def test_killed_twice_and_resumed_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    process = start(tmp_path, *SWEEP)
-    for kill in range(2):
-        ended = kill + 2
-        wait_for(
-            runs / "s",
-            lambda state, ended=ended: (  # type: ignore[misc]
-                in_mid_sweep(state)
-                and sum(t.state is not None for t in state.trials.values()) >= ended
-            ),
-            process,
-        )
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process = start(tmp_path, "resume", "runs/s", "--json")
-    told, _ = finish(process)
-    assert told["state"] == "finished"
-    check_whole(runs, 8)
-
-    extended, _ = finish(start(tmp_path, "resume", "runs/s", "--trials", "2", "--json"))
-    assert sum(extended["trials"].values()) == 10
-    check_whole(runs, 10)
-
-
 def test_ctrl_c_and_the_end_of_a_batch_job_drain_and_say_how_to_go_on(tmp_path: Path) -> None:
     """The latter signals the whole process group, Ray's servers with it if they were in it."""
     process, seen = start(tmp_path, *SWEEP[:-1]), 0
@@ -139,7 +84,7 @@ def test_ctrl_c_and_the_end_of_a_batch_job_drain_and_say_how_to_go_on(tmp_path: 
         process = start(tmp_path, "resume", "runs/s", "--json")
     told, _ = finish(process)
     assert told["state"] == "finished"
-    check_whole(tmp_path / "runs", 8)
+    assert checked(tmp_path / "runs" / "s", {})["faults"] == []
 
 
 SPACE = """
@@ -190,17 +135,3 @@ def test_failing_trials_are_told_apart_and_the_sweep_goes_on(tmp_path: Path) -> 
     (tmp_path / "mine.py").write_text(SPACE.replace("1e-3", "1e-2"))
     _, message = finish(start(tmp_path, "resume", "runs/s", "--trials", "1"), code=2)
     assert "has changed since the sweep began" in message
-
-
-def test_a_worker_that_is_killed_costs_no_trial(tmp_path: Path) -> None:
-    process = start(tmp_path, *SWEEP)
-    wait_for(tmp_path / "runs" / "s", lambda s: any(t.pid for t in s.unfinished()), process)
-    state = load_state(tmp_path / "runs" / "s" / "events.jsonl")
-    victim = next(t for t in state.unfinished() if t.pid)
-    assert victim.pid is not None
-    os.kill(victim.pid, signal.SIGKILL)
-    told, _ = finish(process)
-    assert told["state"] == "finished"
-    assert set(told["trials"]) <= {"completed", "pruned"}
-    state = check_whole(tmp_path / "runs", 8)
-    assert sum(trial.deaths for trial in state.trials.values()) >= 1
