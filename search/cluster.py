@@ -113,16 +113,35 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
         raise ValueError(f"no Ray cluster answers at {address}: {error}") from None
-    here = host in ("localhost", "127.0.0.1", ray.util.get_node_ip_address())
-    if here and "RAY_AUTH_MODE" not in os.environ and Path(TOKEN_FILE).expanduser().exists():
-        _use_tokens()  # as Ray does by itself for the address auto, and for no other
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
         return  # without any token this client would end the process, where `ray.init` says so
     try:
-        ray._raylet.GcsClient(address=address)
+        with _without_stderr():
+            ray._raylet.GcsClient(address=address)
     except ray.exceptions.RayError as error:
-        if _refused_for_token(str(error)):
+        if not _refused_for_token(str(error)):
+            return
+        here = host in ("localhost", "127.0.0.1", ray.util.get_node_ip_address())
+        if not here or "RAY_AUTH_MODE" in os.environ or not Path(TOKEN_FILE).expanduser().exists():
             raise ValueError(_why_not_joined(address, error)) from None
+        _use_tokens()  # as Ray does by itself for the address auto, and for no other
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Nothing of what compiled code writes there, such as a line of Ray's for each refusal."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _use_tokens() -> None:
