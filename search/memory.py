@@ -66,7 +66,7 @@ class MemoryLimit:
         check_memory_limit(gib)
         self._gib = gib
         gc.collect()
-        _give_back_freed()
+        give_back_freed()
         with _statm() as file:
             self._before = _anonymous_bytes(file)
         self._excess_gib: float | None = None
@@ -122,7 +122,8 @@ def _anonymous_bytes(file: int) -> int:
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _give_back_freed() -> None:
+def give_back_freed() -> None:
+    """Return to the system what was freed in this process, which glibc else keeps for later."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     if trim is not None:
         trim(0)

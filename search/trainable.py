@@ -25,7 +25,7 @@ from ray import tune
 from ray.tune.trainable.trainable import _TrainingResult
 from torch.overrides import TorchFunctionMode
 
-from search.memory import MemoryLimit, cap_gpu_memory
+from search.memory import MemoryLimit, cap_gpu_memory, give_back_freed
 from search.node_data import FolderFiles, fetch_from_node, on_this_node
 from search.nodes import check_same
 from search.segments import (
@@ -98,6 +98,7 @@ class ContrastiveTrainable(tune.Trainable):
         self._trainer: Trainer | None = None
         self._reports: Iterator[Report] | None = None
         self._limit: MemoryLimit | None = None
+        give_back_freed()  # or the heap's gaps add up, to 200 MiB in 250 trials of one worker
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 

@@ -63,8 +63,9 @@ def test_a_disk_that_stays_too_full_for_checkpoints(disk: Path) -> None:
     attack.until(lambda state: len(state.reports) >= 3)
     ballast = fill(disk, leave=32 * 1024)
     attack.tried += 1
-    attack.end(1, 2)
-    assert "No space left on device" in attack.errors
+    told = attack.end(1)
+    assert told["state"] == "interrupted"
+    assert "No space left on device" in told["reason"]
     ballast.unlink()
     attack.finished_by_resume()
     attack.verdict("disk stays full: checkpoints")
@@ -72,11 +73,11 @@ def test_a_disk_that_stays_too_full_for_checkpoints(disk: Path) -> None:
 
 def test_a_disk_too_full_for_the_journal(disk: Path) -> None:
     attack = Attack(disk.parent)
-    attack.sweep()
+    attack.sweep("--storage", str(disk.parent / "storage"))  # where there is room
     attack.until(lambda state: len(state.reports) >= 4)
     ballast = fill(disk)
     attack.tried += 1
-    attack.end(1, 2)
+    attack.end(2)
     last = attack.errors.splitlines()[-1]
     assert last.startswith("contrasweep: cannot write ")
     assert "No space left on device" in last

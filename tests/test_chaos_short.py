@@ -29,7 +29,7 @@ def test_a_sweep_outlives_workers_a_node_its_servers_its_driver_and_its_folder(
             cluster.add(num_cpus=1)
             mlflow.ready()
             attack = Attack(tmp_path, environ=environ)
-            attack.sweep("--trials", str(TRIALS), "--storage", "s3://sweeps/all",
+            attack.sweep("--trials", str(TRIALS), "--epochs", "5", "--storage", "s3://sweeps/all",
                          "--address", cluster.address)  # fmt: skip
 
             at_work = attack.until(lambda state: len(working(state)) == 2 and working(state))
