@@ -175,12 +175,14 @@ def sweep(
 @app.command()
 def resume(
     directory: Annotated[
-        str, typer.Argument(metavar="RUNS/NAME", help="A sweep's folder, or s3://BUCKET/.../NAME.")
+        str,
+        typer.Argument(metavar="RUNS/NAME", help="A sweep's folder, or its place in a storage."),
     ],
     trials: Annotated[int, typer.Option(min=0, help="Trials beyond those planned.")] = 0,
     out: Annotated[
-        Path, typer.Option(help="Folder of sweeps that one from a bucket is brought to.")
-    ] = Path("runs"),
+        Path | None,
+        typer.Option(help="Folder that a sweep from a storage is brought to. (default: runs)"),
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster, if it is another by now; local: none.")
     ] = None,
@@ -189,11 +191,15 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on with a sweep that was interrupted, or extend a finished one."""
-    from search.mirror import fetch_sweep
+    from search.mirror import fetch_sweep, is_mirror
     from search.run import Sweep
     from search.storage import is_bucket
 
-    folder = fetch_sweep(directory, out) if is_bucket(directory) else Path(directory)
+    folder = Path(directory)
+    if is_bucket(directory) or is_mirror(folder):
+        folder = fetch_sweep(directory, out or Path("runs"))
+    elif out is not None:
+        raise ValueError(f"{directory} is a sweep's own folder; --out is for one from a storage")
 
     def go_on(sweep: Sweep) -> SweepResult:
         if address is not None:
@@ -352,6 +358,8 @@ def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
             f"once it works it is brought up to date by: contrasweep sync {result.dir}",
             soft_wrap=True,
         )
+    if result.why in ("storage", "node") and as_json:
+        err_console.print(result.reason, markup=False, soft_wrap=True)
     if result.state != "finished":
         first = "raise the budget in its sweep.yaml, then " if result.why == "budget" else ""
         err_console.print(f"{first}go on with: contrasweep resume {result.dir}", soft_wrap=True)

@@ -23,15 +23,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from search.config import write_atomically
 from search.journal import FILE_NAME, Journal, JournalError
-from search.storage import PATIENCE_S, Storage, joined, storage_at
+from search.storage import PATIENCE_S, Folder, Storage, joined, storage_at
 
 EVENTS, DRIVER, PROBE = "events", "driver.json", "probe"
 NOTE = ".mirrored"
 """File of the sweep's folder: how much of the journal the storage had when its driver ended."""
 PART_BYTES = 2**20
 BEAT_S = 4.0
+TOLD_S = 5.0
+"""After this long the user is told what the sweep waits for."""
 WATCH_S = 3 * BEAT_S
 """How long a driver that may be dead is watched before another one takes over."""
 FILES = ("sweep.yaml", "*.py")
@@ -86,26 +90,40 @@ class Mirror:
         self._thread = threading.Thread(target=self._run, name="journal-mirror", daemon=True)
         self._thread.start()
 
-    def stop(self, timeout_s: float = 30.0) -> str | None:
-        """Copy what is left, for at most `timeout_s`; returns what kept it from that, if so."""
-        assert self._thread is not None
-        if not self._stopping:
-            with self._changed:
-                self._stopping = True
-                self._changed.notify_all()
-            self._thread.join(timeout_s)
-        if self._failure or not self._thread.is_alive():
-            return self._failure
-        return self._problem or f"{self._storage.uri} took more than {timeout_s:g} s"
+    def finish(self, timeout_s: float) -> str | None:
+        """Wait until the storage holds all of the journal; returns what kept it from that, if so.
 
-    def catch_up(self) -> None:
-        """Bring the storage up to date once; errors are those of `claim`."""
-        self.claim()
+        The sweep's place stays claimed: what is still to be recorded is nobody else's.
+        """
+        size, deadline = self._whole_lines(), time.monotonic() + timeout_s
+        with self._changed:
+            while self._mirrored < size and self._failure is None:
+                if time.monotonic() > deadline:
+                    return self._problem or f"{self._storage.uri} took more than {timeout_s:g} s"
+                self._wanted = True
+                self._changed.notify_all()
+                self._changed.wait(0.2)
+        return self._failure
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread, and let go of the sweep's place."""
+        assert self._thread is not None
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+
+    def release(self) -> None:
+        """Let go of the sweep's place; another machine may go on from there."""
         self._storage.delete_file(DRIVER)
-        self._note_down()
+        if self._mirrored >= self._whole_lines():
+            (self._dir / NOTE).write_text(str(self._path.stat().st_size))
 
     def when_mirrored(self, act: Callable[[], None]) -> None:
-        """Do something on the mirror's thread once it has all that the journal holds by now."""
+        """Do something on the mirror's thread once it has all that the journal holds by now.
+
+        What fails is tried again until the sweep ends.
+        """
         self._actions.append((self._path.stat().st_size, act))
 
     # ---- the driver's side
@@ -118,19 +136,21 @@ class Mirror:
             raise JournalError(self._failure)
 
     def _settle(self, size: int) -> None:
-        give_up, told = time.monotonic() + PATIENCE_S, False
+        started, told = time.monotonic(), False
         with self._changed:
             while self._mirrored < size and self._failure is None:
                 self._wanted = True
                 self._changed.notify_all()
-                self._changed.wait(1.0)
-                if self._problem is not None and not told:
-                    self._on_wait(f"waits for its storage: {self._problem}")
+                self._changed.wait(0.5)
+                waited_s = time.monotonic() - started
+                if waited_s > TOLD_S and not told:
+                    self._on_wait(f"waits for its storage: {self._problem or 'no answer'}")
                     told = True
-                if time.monotonic() > give_up:
+                if waited_s > PATIENCE_S:
                     self._failure = (
                         f"the storage {self._storage.uri} has failed for {PATIENCE_S / 60:g} "
-                        f"minutes ({self._problem}); the sweep can be resumed once it works"
+                        f"minutes ({self._problem or 'no answer'}); the sweep can be resumed once "
+                        "it works"
                     )
 
     # ---- the thread
@@ -143,22 +163,22 @@ class Mirror:
                     self._changed.wait(max(0.0, beat_at - time.monotonic()))
                 self._wanted, stopping = False, self._stopping
             try:
+                # Before anything is replaced or deleted: this process may have been asleep.
+                self._check_still_ours()
                 self._copy()
-                self._act()
-                if stopping:
-                    self._storage.delete_file(DRIVER)
-                    self._note_down()
-                    return
                 if time.monotonic() >= beat_at:
-                    self._check_still_ours()
                     self._beat()
                     beat_at = time.monotonic() + BEAT_S
                 self._problem = None
+                self._act(beat_at)
+                if stopping:
+                    self.release()
+                    return
             except OSError as error:
                 self._problem = " ".join(str(error).split())[:300]
                 time.sleep(1.0)
-            except ValueError as error:
-                self._fail(str(error))
+            except Exception as error:  # a thread that ends unheard would be taken for one at work
+                self._fail(str(error) or type(error).__name__)
                 return
 
     def _fail(self, reason: str) -> None:
@@ -182,26 +202,34 @@ class Mirror:
                 return
             self._part += len(part)
 
-    def _act(self) -> None:
-        while self._actions and self._actions[0][0] <= self._mirrored:
-            self._actions[0][1]()
-            self._actions.popleft()
+    def _act(self, until: float) -> None:
+        for _ in range(len(self._actions)):
+            if self._actions[0][0] > self._mirrored or time.monotonic() > until:
+                return
+            size, act = self._actions.popleft()
+            try:
+                act()
+            except OSError as error:
+                self._actions.append((size, act))
+                self._on_wait(f"cannot delete in its storage: {' '.join(str(error).split())[:200]}")
+                return
 
-    def _note_down(self) -> None:
-        (self._dir / NOTE).write_text(str(self._mirrored))
+    def _whole_lines(self) -> int:
+        """Bytes of the journal up to the end of its last whole line."""
+        with self._path.open("rb") as file:
+            file.seek(self._part)
+            return self._part + file.read().rfind(b"\n") + 1
 
     def _beat(self) -> None:
         self._beats += 1
-        about = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid()}
+        about = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "on": _here()}
         self._storage.put(DRIVER, json.dumps({**about, "beat": self._beats}).encode())
 
     def _check_still_ours(self) -> None:
-        other = _driver(self._storage)
-        if other is not None and other.get("id") != self._id:
-            raise JournalError(
-                f"the sweep goes on elsewhere: {other.get('host')} drives it from "
-                f"{self._storage.uri}"
-            )
+        found = _driver(self._storage)
+        if found is None or found.get("id") != self._id:
+            who = "another driver has been" if found is None else f"{found.get('host')} is"
+            raise MirrorError(f"the sweep went on elsewhere: {who} at work on {self._storage.uri}")
 
     def _compare(self) -> None:
         """The storage must hold the beginning of this journal; find out how much of it."""
@@ -224,10 +252,23 @@ def fully_mirrored(sweep_dir: Path) -> bool:
         return False
 
 
+def check_apart(storage: Storage, sweep_dir: Path) -> None:
+    """ValueError if the storage's place is the sweep's own folder, or in it, or around it."""
+    place = Path(storage.uri)
+    if isinstance(storage, Folder) and (
+        place.is_relative_to(sweep_dir) or sweep_dir.is_relative_to(place)
+    ):
+        raise ValueError(
+            f"the storage {place} and the sweep's own folder {sweep_dir} must lie apart; leave out "
+            "--storage, or choose another --out"
+        )
+
+
 def check_new(storage: Storage) -> None:
     """MirrorError in one line: the storage cannot be written, or has a sweep at this place."""
     try:
-        if set(storage.sizes("")) - {DRIVER, PROBE}:
+        storage.create()
+        if storage.sizes(EVENTS):
             raise MirrorError(
                 f"there is a sweep at {storage.uri}; go on with 'contrasweep resume "
                 f"{storage.uri}' or choose another --name"
@@ -236,6 +277,11 @@ def check_new(storage: Storage) -> None:
         storage.delete_file(PROBE)
     except OSError as error:
         raise MirrorError(_unreachable(storage, error)) from None
+
+
+def is_mirror(path: Path) -> bool:
+    """Whether a folder is a sweep's place in a storage, and not its own folder."""
+    return (path / EVENTS).is_dir() and not (path / FILE_NAME).exists()
 
 
 def read_mirror(storage: Storage) -> bytes:
@@ -272,15 +318,29 @@ def fetch_sweep(uri: str, out: Path) -> Path:
                 "--out"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        if not newer:  # first of all, so that a fetch that was broken off is known again
+            write_atomically(folder / FILE_NAME, theirs)
         for name in storage.sizes(""):
             of_plan = "/" not in name and any(Path(name).match(pattern) for pattern in FILES)
             if of_plan and not (folder / name).exists():
                 write_atomically(folder / name, storage.read(name))
-        if not newer:
-            write_atomically(folder / FILE_NAME, theirs)
+        _name_place(folder / "sweep.yaml", storage)
     except OSError as error:
         raise MirrorError(_unreachable(storage, error)) from None
     return folder
+
+
+def _name_place(plan: Path, storage: Storage) -> None:
+    """Write into a sweep's plan where its storage is, which may have been copied or moved."""
+    document = yaml.safe_load(plan.read_text(encoding="utf-8"))
+    place, _, name = storage.uri.rpartition("/")
+    if document["name"] != name:
+        raise MirrorError(
+            f"{storage.uri} is the place of the sweep {document['name']!r}; give it that name again"
+        )
+    if document["storage"] != place:
+        document["storage"] = place
+        write_atomically(plan, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 
 def watch_for_driver(storage: Storage, watch_s: float = WATCH_S) -> None:
@@ -292,14 +352,14 @@ def watch_for_driver(storage: Storage, watch_s: float = WATCH_S) -> None:
     seen = _driver(storage)
     if seen is None:
         return
-    if seen["host"] != socket.gethostname() or _is_another(int(seen["pid"])):
+    if _here() is None or seen.get("on") != _here() or _is_another(int(seen["pid"])):
         deadline = time.monotonic() + watch_s
         while time.monotonic() < deadline:
             time.sleep(min(1.0, watch_s))
             if _driver(storage) not in (None, seen):
                 raise MirrorError(
-                    f"another process works on {storage.uri}: {seen['host']}, process "
-                    f"{seen['pid']}; wait for it, or stop it"
+                    f"another process works on {storage.uri}: {seen.get('host')}, process "
+                    f"{seen.get('pid')}; wait for it, or stop it"
                 )
     storage.delete_file(DRIVER)
 
@@ -311,8 +371,19 @@ def _driver(storage: Storage) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        raise MirrorError(f"{joined(storage.uri, DRIVER)} is no JSON; delete it") from None
-    return dict(found)
+        found = None
+    if not isinstance(found, dict):
+        raise MirrorError(f"{joined(storage.uri, DRIVER)} is no JSON object; delete it")
+    return found
+
+
+def _here() -> str | None:
+    """What tells this machine, or container, from others, since it was started; None: unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
 
 
 def _is_another(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -26,7 +27,8 @@ def run_app(app: typer.Typer) -> NoReturn:
         why = error.strerror or str(error)
         _tell(why if error.filename is None else f"{error.filename}: {why}")
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # at once: threads may wait for a bucket or server that hangs
     sys.exit(2)
 
 

@@ -209,6 +209,8 @@ def check_unchanged(config: SweepConfig, journaled: SweepConfig) -> None:
     """ValueError if sweep.yaml was edited in a field on which recorded decisions rest."""
     for name in SweepConfig.model_fields:
         found, recorded = getattr(config, name), getattr(journaled, name)
+        if name == "storage" and None not in (found, recorded):
+            continue  # it was moved
         if name not in MAY_CHANGE and found != recorded:
             raise ValueError(
                 f"{name} in sweep.yaml is {found!r}, but the sweep began with {recorded!r}; "

@@ -32,7 +32,7 @@ from search.config import (
 from search.driver import Driver, guarded
 from search.journal import FILE_NAME, Journal, JournalError, load_state
 from search.locks import LOCK_NAME, locked
-from search.mirror import Mirror, MirrorError, check_new, fully_mirrored
+from search.mirror import Mirror, MirrorError, check_apart, check_new, fully_mirrored
 from search.nodes import check_shared
 from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again
 from search.provenance import describe_data, git_commit, versions
@@ -111,6 +111,7 @@ class Sweep:
         if not self.config.offline_tracking:
             check_reachable(self.tracking_uri)
         if self.config.storage is not None:
+            check_apart(self.storage, self.dir)
             check_new(self.storage)
         with (
             self._cluster() as slots,
@@ -227,9 +228,14 @@ class Sweep:
         lock = FileLock(self.dir / LOCK_NAME)
         try:
             with lock.acquire(timeout=0):
-                if self.config.storage is not None and not fully_mirrored(self.dir):
-                    Mirror(self.dir, self.storage).catch_up()
-                Recorder(self.dir, self.tracking_uri, self.storage).sync()
+                recorder = Recorder(self.dir, self.tracking_uri, self.storage)
+                if self.config.storage is None or fully_mirrored(self.dir):
+                    recorder.sync()
+                else:
+                    mirror = Mirror(self.dir, self.storage)
+                    mirror.claim()
+                    recorder.sync()
+                    mirror.release()
         except Timeout:
             return
         except (JournalError, MirrorError):
@@ -271,7 +277,7 @@ class Sweep:
         try:
             yield mirror
         finally:
-            mirror.stop(timeout_s=2.0 if _ends_now() else 30.0)
+            mirror.stop(timeout_s=2.0 if _ends_now() or journal.failure else 30.0)
 
     @contextlib.contextmanager
     def _cluster(self) -> Iterator[Callable[[], int]]:
@@ -332,8 +338,8 @@ class Sweep:
         else:
             journal.append("sweep_finished", **driver.ending())
         finally:
-            wait_s = 2.0 if _ends_now() else 30.0
-            unmirrored = None if mirror is None else mirror.stop(timeout_s=wait_s)
+            wait_s = 2.0 if _ends_now() or journal.failure else 30.0
+            unmirrored = None if mirror is None else mirror.finish(wait_s)
             unrecorded = recorder.stop(timeout_s=wait_s) or unmirrored
         self._on_step(journal.state)
         return self._result(journal.state, unrecorded, unmirrored)

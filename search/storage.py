@@ -1,8 +1,8 @@
 """Where the files of a sweep lie that must outlive the machine it began on: a folder, or a bucket.
 
 Names are paths below the sweep's own place, such as `trials/7/checkpoint_600/checkpoint.pt`. A put
-replaces a file whole or not at all. Buckets are pyarrow's: `s3://BUCKET/PREFIX`, `gs://...`. Their
-credentials are the environment's or the machine's, never a part of what is written down here.
+that returns has replaced the whole file. Buckets are pyarrow's: `s3://BUCKET/PREFIX`, `gs://...`;
+their credentials are the environment's or the machine's, never a part of what is written down here.
 Leaves out when what is saved (`search.trainable`, `search.mirror`).
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -23,10 +25,13 @@ from trainer.atomic import replacing
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs")
+ANSWER_S = 5.0
+"""For a connection, and for each answer of a bucket, before pyarrow tries again, three times."""
 PATIENCE_S = 600.0
 """How long a storage may fail before what waits for it gives up."""
 FULL_PATIENCE_S = 20.0
 """The same of a full disk, which seldom mends itself; another trial's end may make room."""
+_PLAIN = re.compile(r"[a-z0-9]+://[A-Za-z0-9._/=-]+")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -38,6 +43,9 @@ class Storage(Protocol):
     """A sweep's place in a storage. OSErrors mean that it fails now, perhaps not later."""
 
     uri: str
+
+    def create(self) -> None:
+        """Make the place, if it takes that."""
 
     def save(self, name: str, write: Callable[[Path], None]) -> None:
         """Put what `write` writes to the path that it is given; it replaces whole files itself."""
@@ -71,11 +79,21 @@ class Folder:
         self.path = path
         self.uri = str(path)
 
+    def create(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def check_there(self) -> None:
+        """OSError where the folder is missing: a file system that is not mounted here, or now."""
+        if not self.path.is_dir():
+            raise OSError(errno.ENOTDIR, f"{self.path} is missing")
+
     def save(self, name: str, write: Callable[[Path], None]) -> None:
+        self.check_there()
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         write(self.path / name)
 
     def put(self, name: str, content: bytes) -> None:
+        self.check_there()
         with replacing(self.path / name) as file:
             file.write(content)
 
@@ -84,8 +102,7 @@ class Folder:
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[Path]:
-        if not self.path.is_dir():  # a file system that is not mounted at the moment
-            raise OSError(f"{self.path} is missing")
+        self.check_there()
         (self.path / name).stat()
         yield self.path / name
 
@@ -113,13 +130,12 @@ class Bucket:
     def _at(self, name: str = "") -> tuple[Any, str]:
         """The file system and the path on it of a name."""
         if self._connected is None:
-            from pyarrow.fs import FileSystem
-
-            # One request for a small file; without it pyarrow makes three.
-            delayed = "?allow_delayed_open=true" if self.uri.startswith("s3:") else ""
-            self._connected = FileSystem.from_uri(self.uri + delayed)
+            self._connected = _connected(self.uri)
         files, root = self._connected
         return files, f"{root}/{name}" if name else root
+
+    def create(self) -> None:
+        """Nothing: buckets have no folders."""
 
     def save(self, name: str, write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory(prefix="contrasweep-") as folder:
@@ -180,6 +196,33 @@ class Bucket:
         return {"uri": self.uri, "_connected": None}  # each process finds its own credentials
 
 
+def _connected(uri: str) -> tuple[Any, str]:
+    """pyarrow's file system of a bucket, and the path on it."""
+    from pyarrow.fs import FileSystem, S3FileSystem, resolve_s3_region
+
+    parts = urlsplit(uri)
+    path = f"{parts.netloc}{parts.path}"
+    if parts.scheme != "s3":
+        files, path = FileSystem.from_uri(uri)
+        return files, str(path)
+    # By hand for the sake of its time-outs: without them an endpoint that hangs is waited for
+    # 288 s at a time, measured. Delayed opening makes one request of three for a small file.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    scheme, _, address = (endpoint or "").rpartition("://")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region is None and endpoint is None:
+        region = resolve_s3_region(parts.netloc)
+    found = S3FileSystem(
+        region=region,
+        endpoint_override=address.rstrip("/") or None,
+        scheme=scheme or None,
+        connect_timeout=ANSWER_S,
+        request_timeout=ANSWER_S,
+        allow_delayed_open=True,
+    )
+    return found, path
+
+
 def storage_at(uri: str) -> Storage:
     """The storage of a URI or path; ValueError in one line for one that there is not."""
     parts = urlsplit(uri)
@@ -195,6 +238,11 @@ def storage_at(uri: str) -> Storage:
         )
     if not parts.netloc:
         raise ValueError(f"storage {uri} names no bucket; use {parts.scheme}://BUCKET/FOLDER")
+    if not _PLAIN.fullmatch(uri):
+        raise ValueError(
+            f"{uri} has characters that mean something else in places of buckets; in them and in "
+            "the names of sweeps there, use letters, digits and . _ - ="
+        )
     return Bucket(uri)
 
 

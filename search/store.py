@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import uuid
@@ -49,8 +48,12 @@ def _make_tables(database: Path) -> None:
     made = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
     try:
         MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
-        with contextlib.suppress(FileExistsError):  # another process was faster
+        try:
             os.link(made, database)
+        except FileExistsError:
+            pass  # another process was faster
+        except OSError:  # a file system without links; two processes at once are the rarer case
+            os.replace(made, database)
     finally:
         made.unlink(missing_ok=True)
 

@@ -100,7 +100,6 @@ class Recorder:
         self._experiment_id = ""
         self._children: dict[int, str] = {}
         self._client: MlflowClient | None = None
-        self._uploaded_to = 0
         self._backlog: list[tuple[int, Event]] = []
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -123,10 +122,6 @@ class Recorder:
             self._given_up = True  # from now on another process may record
             return self._problem or f"the tracking server took more than {timeout_s:g} s"
         return self._problem
-
-    def pending_bytes(self) -> int:
-        """How much of the journal is not uploaded yet."""
-        return (self._dir / FILE_NAME).stat().st_size - self._uploaded_to
 
     def _run(self) -> None:
         delay_s = POLL_S
@@ -167,7 +162,6 @@ class Recorder:
             cursor = int(client.get_run(self._parent).data.tags.get(PREFIX + "cursor", 0))
             self._backlog = [(end, event) for end, event in self._backlog if end > cursor]
         self._upload(client, self._parent, [event for _, event in self._backlog])
-        self._uploaded_to = self._offset
         self._backlog.clear()
 
     # ---- to MLflow

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -27,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from search.memory import MemoryLimit, cap_gpu_memory, give_back_freed
 from search.node_data import FolderFiles, fetch_from_node, on_this_node
-from search.nodes import check_same
+from search.nodes import NodeError, check_same
 from search.segments import (
     CHECKPOINT_FILE,
     CHECKPOINT_PREFIX,
@@ -71,9 +72,15 @@ class ContrastiveTrainable(tune.Trainable):
         assert data is not None
         self._data, self._marks = data, marks
         self._store: Storage = storage or Folder(Path(sweep_dir))
-        self._folder = Path(sweep_dir)
-        if not self._folder.is_dir():  # a node of its own
-            self._folder = Path(tempfile.mkdtemp(prefix="contrasweep-"))
+        if isinstance(self._store, Folder) and not self._store.path.is_dir():
+            raise NodeError(
+                f"node {socket.gethostname()} does not see {self._store.path}; mount it"
+            )
+        self._folder, self._own_folder = Path(sweep_dir), None
+        if not all((self._folder / file.copy).exists() for file in loss_files) or (
+            not self._folder.is_dir()
+        ):  # a node that does not see the driver's files
+            self._folder = self._own_folder = Path(tempfile.mkdtemp(prefix="contrasweep-"))
             for file in loss_files:
                 (self._folder / file.copy).write_bytes(self._store.read(file.copy))
             check_loss_files(loss_files, self._folder, originals=False)
@@ -112,7 +119,7 @@ class ContrastiveTrainable(tune.Trainable):
                 outcome = {"outcome": "diverged", "reason": error.reason}
             except Exception as error:
                 traceback.print_exc()
-                if is_of_accelerator(error) or isinstance(error, StorageError):
+                if is_of_accelerator(error) or isinstance(error, StorageError | NodeError):
                     raise
                 over = self._limit is not None and self._limit.exceeded
                 state = "oom" if over or is_out_of_memory(error) else "error"
@@ -154,12 +161,17 @@ class ContrastiveTrainable(tune.Trainable):
         where = f"on {socket.gethostname()}" + (f", GPU {gpu}" if gpu else "")
         print(f"trial {self._segment['number']}, attempt {self._segment['attempt']}, {where}")
         print(config.model_dump_json())
-        if self._files:  # the worker's first trial; one that fails here leaves it to the next
+        if self._files:  # the worker's first trial
             fetch = functools.partial(fetch_from_node, self._driver_node)
-            self._data = on_this_node(self._data, self._files, self._node_cache, fetch)
+            try:
+                self._data = on_this_node(self._data, self._files, self._node_cache, fetch)
+            except ValueError as error:
+                raise NodeError(f"node {socket.gethostname()}: {error}") from None
             self._files = ()
         self._trainer = Trainer(config, self._data, marks=self._marks)
-        state = patiently(lambda: self._load(saved), f"read {saved}") if saved else None
+        state = (
+            patiently(lambda: self._load(saved), f"read {saved}", on_wait=print) if saved else None
+        )
         if state is not None:
             self._trainer.load_state_dict(state)
         limit = self._limit
@@ -187,7 +199,8 @@ class ContrastiveTrainable(tune.Trainable):
     def _save(self, name: str) -> None:
         trainer = self._trainer
         assert trainer is not None
-        state, started = trainer.state_dict(), time.monotonic()
+        started = time.monotonic()
+        state = trainer.state_dict()
         self._store.save(
             name, lambda path: save_checkpoint(path, state, trainer.config, self._mark)
         )
@@ -226,6 +239,8 @@ class ContrastiveTrainable(tune.Trainable):
     def cleanup(self) -> None:
         self._keep_log()
         self._release()
+        if self._own_folder is not None:
+            shutil.rmtree(self._own_folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

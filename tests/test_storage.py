@@ -49,7 +49,9 @@ def bucket() -> Iterator[str]:
 @pytest.fixture(params=["folder", "bucket"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "folder":
-        return Folder(tmp_path / "kept")
+        folder = Folder(tmp_path / "kept")
+        folder.create()
+        return folder
     return storage_at(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
 
 
@@ -90,9 +92,15 @@ def test_a_bucket_that_is_not_there_is_an_os_error(bucket: str) -> None:
 
 
 def test_a_shared_folder_that_is_not_mounted_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="is missing") as raised, Folder(tmp_path / "no").opened("x"):
+    there = Folder(tmp_path / "no")
+    with pytest.raises(OSError, match="is missing") as raised, there.opened("x"):
         pass
     assert not isinstance(raised.value, FileNotFoundError)
+    with pytest.raises(OSError, match="is missing"):
+        there.put("x", b"")
+    with pytest.raises(OSError, match="is missing"):
+        there.save("x/y", Path.touch)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -102,6 +110,9 @@ def test_a_shared_folder_that_is_not_mounted_is_not_taken_for_an_empty_one(tmp_p
         ("s3://key:secret@bucket/x", "must carry no credentials"),
         ("s3://bucket/x?secret_key=hunter2", "must carry no credentials"),
         ("s3:///x", "names no bucket"),
+        ("s3://bucket/run#1", "use letters, digits"),
+        ("s3://bucket/run%41", "use letters, digits"),
+        ("s3://bucket/my sweep", "use letters, digits"),
     ],
 )
 def test_other_places_are_refused_in_one_line(uri: str, message: str) -> None:

@@ -393,7 +393,6 @@ def test_a_store_that_cannot_be_reached_is_named_and_does_not_block(tmp_path: Pa
     recorder.start()
     problem = recorder.stop(timeout_s=3)
     assert problem is not None
-    assert recorder.pending_bytes() > 0
 
 
 @pytest.mark.slow
