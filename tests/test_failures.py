@@ -84,7 +84,7 @@ EXPECTED = {
     "collapses": ("diverged", r"collapsed|not finite"),
     "raises": ("error", r"fails on \[64, 128\]: KeyError: 'not of <this> world'"),
     "dies_once": ("completed", r""),
-    "dies": ("lost", r"its worker died 4 times: .*worker process has died"),
+    "dies": ("lost", r"its worker died 4 times without progress: .*worker process has died"),
     "poisons_once": ("completed", r""),
     "": ("completed", r""),
 }
