@@ -170,7 +170,7 @@ class Mirror:
                     self._beat()
                     beat_at = time.monotonic() + BEAT_S
                 self._problem = None
-                self._act(beat_at)
+                self._act(beat_at + 20.0 * stopping)
                 if stopping:
                     self.release()
                     return

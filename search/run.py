@@ -234,8 +234,10 @@ class Sweep:
                 else:
                     mirror = Mirror(self.dir, self.storage)
                     mirror.claim()
-                    recorder.sync()
-                    mirror.release()
+                    try:
+                        recorder.sync()
+                    finally:
+                        mirror.release()
         except Timeout:
             return
         except (JournalError, MirrorError):
