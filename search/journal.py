@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,7 +130,7 @@ def read_events_from(path: Path, offset: int) -> Iterator[tuple[int, Event]]:
             return  # torn by a kill, or being written at this moment
         offset += len(line)
         try:
-            event = json.loads(line)
+            event = _DECODER.decode(line.decode())
             if not isinstance(event, dict) or "event" not in event or "time" not in event:
                 raise ValueError("not an event")
         except ValueError as error:
@@ -158,8 +159,18 @@ def _write_all(handle: int, content: bytes) -> None:
         content = content[os.write(handle, content) :]
 
 
+def _interned(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {sys.intern(key): value for key, value in pairs}
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_interned)
+
+
 def _finite(value: Any) -> Any:
-    """Plain JSON values: no NaN and no infinity (null instead), no numpy scalars."""
+    """Plain JSON values: no NaN and no infinity (null instead), no numpy scalars.
+
+    A name that each event repeats is kept once: the fold holds every report of a sweep.
+    """
     if value is None or isinstance(value, str | int):
         return value
     if hasattr(value, "tolist"):
@@ -167,7 +178,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {sys.intern(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value

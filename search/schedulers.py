@@ -73,7 +73,7 @@ class SweepCallback(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune keeps an ended trial until the end, with averages of each metric: 50 KB for ours."""
-        for name in ("metric_analysis", "metric_n_steps"):
+        for name in ("metric_analysis", "metric_n_steps", "last_result"):
             getattr(trial.run_metadata, name, {}).clear()
 
     on_trial_error = on_trial_complete

@@ -6,6 +6,7 @@ they know is in the journal.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,7 +51,8 @@ class SweepSearcher(Searcher):
         return {
             "number": segment.number,
             "attempt": segment.attempt,
-            "fields": segment.fields,
+            # As text: Tune keeps three copies of each value, under a name of its own, to the end.
+            "fields": json.dumps(segment.fields),
             "checkpoint": segment.checkpoint,
         }
 

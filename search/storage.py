@@ -226,7 +226,7 @@ def _connected(uri: str) -> tuple[Any, str]:
 def storage_at(uri: str) -> Storage:
     """The storage of a URI or path; ValueError in one line for one that there is not."""
     parts = urlsplit(uri)
-    if "://" not in uri:
+    if not is_bucket(uri):
         return Folder(Path(uri).expanduser().resolve())
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)

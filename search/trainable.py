@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import io
+import json
 import os
 import shutil
 import socket
@@ -99,7 +100,7 @@ class ContrastiveTrainable(tune.Trainable):
 
     def _begin(self, segment: dict[str, Any]) -> None:
         # Nothing that can fail: an error here would count as the death of this worker.
-        self._segment = segment
+        self._segment = {**segment, "fields": json.loads(segment["fields"])}
         self._mark = 0
         self._release()
 

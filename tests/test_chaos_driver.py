@@ -141,6 +141,20 @@ def test_two_interrupts_stop_at_once(tmp_path: Path) -> None:
     attack.verdict("SIGINT twice")
 
 
+def test_tunes_own_signal_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
+    """Tune ends at once on SIGUSR1, without asking the driver, with trials under way."""
+    attack = Attack(tmp_path)
+    attack.sweep()
+    attack.until(mid_sweep)
+    attack.process.send_signal(signal.SIGUSR1)
+    attack.tried += 1
+    told = attack.end(130)
+    assert (told["state"], told["reason"]) == ("interrupted", "Ray Tune was interrupted")
+    assert attack.state().open
+    attack.finished_by_resume()
+    attack.verdict("SIGUSR1")
+
+
 def test_a_checkpoint_cut_in_half(tmp_path: Path) -> None:
     attack = Attack(tmp_path)
     attack.sweep()

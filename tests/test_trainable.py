@@ -1,5 +1,6 @@
 """The seam: which failures are results, and which end the process."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ def data() -> DataSplits:
 
 def segment(number: int = 0, checkpoint: str | None = None, **fields: Any) -> dict[str, Any]:
     small = {"batch_size": 32, "epochs": 2.0, "train_limit": 128, "val_limit": 60}
-    return {"number": number, "attempt": 1, "checkpoint": checkpoint, "fields": small | fields}
+    text = json.dumps(small | fields)
+    return {"number": number, "attempt": 1, "checkpoint": checkpoint, "fields": text}
 
 
 def trainable(
