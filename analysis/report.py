@@ -1,30 +1,17 @@
-"""Frames -> `index.html`, one self-contained page, and `leaderboard.csv`.
-
-The page needs no network: plotly.js is inlined once, and a content security policy forbids
-every request. All text from MLflow is escaped: by jinja2 in the markup, by `plots` inside the
-figures, and by `_embedded` in the JSON that carries them. Nothing on the page depends on the
-time at which it was made, so the same records give the same page.
-"""
+"""Frames -> `index.html`, one self-contained page (`analysis.page`), and `leaderboard.csv`."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
-from html import unescape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
 from analysis.effects import Importance, importance
 from analysis.load import BY_COMMAND, FAILED_STATES, SweepFrames, SweepInfo
+from analysis.page import Figures, render, write_atomic
 from analysis.pareto import pareto_figure, pareto_rows
 from analysis.plots import (
     best_so_far_figure,
@@ -34,7 +21,7 @@ from analysis.plots import (
     rung_figure,
 )
 from analysis.stopping import rung_table, saving
-from analysis.style import group_of, robust_range, theme
+from analysis.style import group_of, robust_range
 from analysis.tables import (
     Gain,
     default_number,
@@ -48,9 +35,8 @@ from analysis.tables import (
     trial_row,
     varying_parameters,
 )
-from analysis.words import ENDING_LABELS, format_count, format_duration, format_value
+from analysis.words import ENDING_LABELS, format_count
 
-TEMPLATE = "report.html.j2"
 MAX_ROWS = 100
 """Leaderboard rows on the page; the CSV holds all."""
 
@@ -66,9 +52,9 @@ def write_report(frames: SweepFrames | Sequence[SweepFrames], out_dir: Path) -> 
         raise ValueError("a report needs at least one sweep, got none")
     _check_one_objective(sweeps)
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_atomic(out_dir / "leaderboard.csv", leaderboard_csv(sweeps))
+    write_atomic(out_dir / "leaderboard.csv", leaderboard_csv(sweeps))
     page = out_dir / "index.html"
-    _write_atomic(page, render_page(sweeps))
+    write_atomic(page, render_page(sweeps))
     return page
 
 
@@ -100,29 +86,18 @@ def leaderboard_csv(sweeps: Sequence[SweepFrames]) -> str:
 
 def render_page(sweeps: Sequence[SweepFrames]) -> str:
     """The page's HTML."""
-    figures: dict[str, Any] = {}
+    figures = Figures()
     sections = [_section(frames, f"s{index}", figures) for index, frames in enumerate(sweeps)]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {
-        "value": format_value,
-        "count": format_count,
-        "duration": format_duration,
-    }
-    source = resources.files("analysis").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return render(
+        "page.html.j2",
+        figures,
         title=", ".join(frames.info["name"] for frames in sweeps),
         sections=sections,
         comparison=_comparison(sweeps, figures) if len(sweeps) > 1 else None,
-        figures=_embedded(figures),
-        themes=_embedded({"light": theme(dark=False), "dark": theme(dark=True)}),
-        plotly_js=get_plotlyjs(),
-        labels=ENDING_LABELS,
     )
 
 
-def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[str, Any]:
+def _section(frames: SweepFrames, prefix: str, figures: Figures) -> dict[str, Any]:
     """Everything the template says of one sweep; its figures are added to `figures`."""
     info, trials = frames.info, frames.trials
     summary = summarise(frames)
@@ -159,19 +134,19 @@ def _section(frames: SweepFrames, prefix: str, figures: dict[str, Any]) -> dict[
         "rows": rows[:MAX_ROWS],
         "groups": {group_of(str(ending)) for ending in trials["ending"]},
         "pareto": pareto_rows(frames),
-        "pareto_figure": pareto and _figure(figures, f"{prefix}-pareto", pareto),
+        "pareto_figure": pareto and figures.add(f"{prefix}-pareto", pareto),
         "levels": level_rows(frames),
         "hidden_rows": max(0, len(rows) - MAX_ROWS),
         "failed": failed[["number", "state", "reason", "samples_seen"]].to_dict("records"),
         "saving": saving(frames),
         "rungs": rung_table(frames).to_dict("records"),
-        "rung_figure": _figure(figures, f"{prefix}-rungs", rung_figure(frames))
+        "rung_figure": figures.add(f"{prefix}-rungs", rung_figure(frames))
         if len(frames.decisions)
         else None,
         "progress": _progress_figures(frames, prefix, figures),
         "parameter_figures": _parameter_figures(frames, prefix, figures, results[0]),
         "importance": results,
-        "importance_figure": _figure(figures, f"{prefix}-importance", importance_figure(results))
+        "importance_figure": figures.add(f"{prefix}-importance", importance_figure(results))
         if any(result.shares for result in results)
         else None,
         "config": info["config"],
@@ -228,9 +203,7 @@ def _settings(frames: SweepFrames, number: int | None, default: int | None) -> l
     ]
 
 
-def _progress_figures(
-    frames: SweepFrames, prefix: str, figures: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _progress_figures(frames: SweepFrames, prefix: str, figures: Figures) -> list[dict[str, Any]]:
     curves = frames.curves[frames.curves["metric"] == frames.info["objective"]]
     if curves["value"].notna().sum() == 0:
         return []
@@ -248,16 +221,16 @@ def _progress_figures(
     found = []
     for by in ("time", "images"):
         figure = best_so_far_figure(frames, "time" if by == "time" else "images")
-        found.append(_figure(figures, f"{prefix}-best-{by}", figure, captions[by]))
+        found.append(figures.add(f"{prefix}-best-{by}", figure, captions[by]))
     rungs = " Vertical lines are the rungs." if frames.info["rungs"] else ""
     caption = f"Each line is a trial; the marker at its end tells how it ended.{rungs} {n}"
     caption += _outside(frames, curves["value"])
-    found.append(_figure(figures, f"{prefix}-curves", learning_curves(frames), caption))
+    found.append(figures.add(f"{prefix}-curves", learning_curves(frames), caption))
     return found
 
 
 def _parameter_figures(
-    frames: SweepFrames, prefix: str, figures: dict[str, Any], result: Importance
+    frames: SweepFrames, prefix: str, figures: Figures, result: Importance
 ) -> list[dict[str, Any]]:
     """One figure a parameter, the important ones first."""
     order = {name: rank for rank, name in enumerate(result.shares or {})}
@@ -269,7 +242,7 @@ def _parameter_figures(
         if n:
             figure = parameter_figure(frames, name)
             caption = f"n = {n} trials.{_outside(frames, frames.trials.loc[drawn, 'objective'])}"
-            found.append(_figure(figures, f"{prefix}-param-{index}", figure, caption))
+            found.append(figures.add(f"{prefix}-param-{index}", figure, caption))
     return found
 
 
@@ -281,7 +254,7 @@ def _outside(frames: SweepFrames, values: pd.Series[Any]) -> str:
     return f" {count} of them, weak ones, {lies} outside the axis." if count else ""
 
 
-def _comparison(sweeps: Sequence[SweepFrames], figures: dict[str, Any]) -> dict[str, Any]:
+def _comparison(sweeps: Sequence[SweepFrames], figures: Figures) -> dict[str, Any]:
     """The sweeps side by side; curves only where they measure the same thing."""
     measures = {(f.info["objective"], f.info["mode"], f.info["dataset"]) for f in sweeps}
     same = len(measures) == 1
@@ -299,51 +272,9 @@ def _comparison(sweeps: Sequence[SweepFrames], figures: dict[str, Any]) -> dict[
         "same": same,
         "lengths_differ": len({f.info["total_images"] for f in sweeps}) > 1,
         "figures": [
-            _figure(figures, "all-images", best_so_far_figure(sweeps, "images")),
-            _figure(figures, "all-time", best_so_far_figure(sweeps, "time")),
+            figures.add("all-images", best_so_far_figure(sweeps, "images")),
+            figures.add("all-time", best_so_far_figure(sweeps, "time")),
         ]
         if same
         else [],
     }
-
-
-def _figure(
-    figures: dict[str, Any], key: str, figure: go.Figure, caption: str = ""
-) -> dict[str, Any]:
-    """Enter a figure under its id; the title goes into the page, where it can wrap."""
-    drawn = json.loads(figure.to_json())
-    title = drawn["layout"].pop("title", {}).get("text", "")
-    drawn["layout"].pop("template", None)
-    drawn["layout"].setdefault("margin", {})["t"] = 40 if drawn["layout"].get("showlegend") else 14
-    figures[key] = drawn
-    # plots escapes for plotly; the template escapes again for the page
-    return {
-        "id": key,
-        "title": unescape(title),
-        "caption": caption,
-        "height": drawn["layout"]["height"],
-    }
-
-
-def _embedded(content: Any) -> str:
-    """JSON that can stand in a script element: no character in it can end the element."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)  # mkstemp's own mode would hide the page from colleagues
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
