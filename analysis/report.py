@@ -9,18 +9,14 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.effect_plots import importance_figure, parameter_figure
 from analysis.effects import Importance, importance
 from analysis.load import BY_COMMAND, FAILED_STATES, SweepFrames, SweepInfo
 from analysis.page import Figures, render, write_atomic
 from analysis.pareto import pareto_figure, pareto_rows
-from analysis.plots import (
-    best_so_far_figure,
-    importance_figure,
-    learning_curves,
-    parameter_figure,
-    rung_figure,
-)
+from analysis.plots import best_so_far_figure, learning_curves
 from analysis.stopping import rung_table, saving
+from analysis.stopping_plots import rung_figure
 from analysis.style import group_of, robust_range
 from analysis.tables import (
     Gain,

@@ -7,10 +7,12 @@ import re
 
 import pytest
 
+from analysis.effect_plots import parameter_figure
 from analysis.load import load_sweep
-from analysis.plots import best_so_far_figure, learning_curves, parameter_figure, rung_figure
+from analysis.plots import best_so_far_figure, learning_curves
 from analysis.report import write_report
 from analysis.stopping import rung_table, saving
+from analysis.stopping_plots import rung_figure
 from analysis.tables import leaderboard_rows, level_rows
 from analysis.words import format_duration, format_value
 from tests.pages import Markup, headings, read
