@@ -11,11 +11,23 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import pandas as pd
 
+from analysis.frames import (
+    BY_COMMAND,
+    COMMAND_REASON,
+    CURVE_COLUMNS,
+    DECISION_COLUMNS,
+    ENDINGS,
+    FAILED_STATES,
+    RUNG_METRICS,
+    TRIAL_COLUMNS,
+    UNFINISHED,
+    SweepFrames,
+    SweepInfo,
+)
 from analysis.store import (
     EXPERIMENT,
     TAG,
@@ -26,93 +38,20 @@ from analysis.store import (
     without_credentials,
 )
 
-UNFINISHED = "unfinished"
-"""State of a trial without a final state: it runs, or its sweep was interrupted."""
-
-FAILED_STATES = ("diverged", "oom", "error", "lost")
-
-BY_COMMAND = "by_command"
-COMMAND_REASON = "stopped by command"
-"""The recorded reason of a trial in the state `pruned` that the user stopped, not the scheduler."""
-
-ENDINGS = ("completed", "pruned", BY_COMMAND, UNFINISHED, *FAILED_STATES)
-"""How a trial ended: its state, or BY_COMMAND."""
-
-RUNG_METRICS = ("rung_cutoff", "rung_competitors", "rung_stop", "rung_pause")
-
-TRIAL_COLUMNS = (
-    *("number", "state", "ending", "reason", "is_default", "objective", "best_objective"),
-    *("samples_seen", "mark", "wall_s", "images_per_s", "start", "end"),
-    *("node", "seed", "rung", "audited", "bracket", "stratum", "pareto", "run_id"),
-)
-CURVE_COLUMNS = ("number", "metric", "samples_seen", "mark", "value", "time")
-DECISION_COLUMNS = (
-    "number",
-    "mark",
-    "samples_seen",
-    "value",
-    "cutoff",
-    "competitors",
-    "stop",
-    "pause",
-)
-
-
-class SweepInfo(TypedDict):
-    """What is known of a sweep as a whole; images are images of the train split."""
-
-    name: str
-    sweep_id: str
-    run_id: str
-    tracking_uri: str  # without user and password
-    state: str  # running, finished or interrupted
-    objective: str
-    also: tuple[str, ...]  # further objectives
-    also_modes: tuple[str, ...]  # max or min of each, empty where it was not recorded
-    warm_start: dict[str, int]  # earlier sweep -> number of its trials taken over
-    mode: str  # max or min
-    total_images: int  # full resource of one trial
-    train_images: int  # images an epoch
-    val_images: int | None  # images behind the objective, None where it was not recorded
-    rungs: tuple[int, ...]
-    reduction: float | None
-    slots: int | None  # trials at once
-    wall_s: float | None  # driver's wall, without the pauses between interrupt and resume
-    start: pd.Timestamp
-    end: pd.Timestamp | None
-    dataset: str
-    space: str
-    sampler: str
-    scheduler: str
-    versions: dict[str, str]
-    commit: str | None
-    config: dict[str, str]
-    distributions: dict[str, str]  # searched parameter -> Optuna's JSON of its range
-
-
-@dataclass(frozen=True)
-class SweepFrames:
-    """One sweep.
-
-    `trials`: one row a trial, TRIAL_COLUMNS and one column `param.NAME` for each searched
-    parameter (missing where a conditional parameter was not drawn), and `also.NAME` for each
-    further objective. `ending` is one of ENDINGS, `objective` the last value reported, `rung` the
-    images of the rung where the scheduler stopped the trial.
-    `curves`: one row a trial, metric and report, CURVE_COLUMNS, in order of time.
-    `decisions`: one row a trial and rung reached, DECISION_COLUMNS.
-    """
-
-    info: SweepInfo
-    trials: pd.DataFrame
-    curves: pd.DataFrame
-    decisions: pd.DataFrame
-
-    @property
-    def parameters(self) -> list[str]:
-        """Names of the searched parameters, first those that most trials have."""
-        names = [str(name) for name in self.trials.columns if str(name).startswith("param.")]
-        names.sort(key=lambda name: -len(self.trials[name].dropna()))
-        return [name.removeprefix("param.") for name in names]
+__all__ = [
+    "BY_COMMAND",
+    "COMMAND_REASON",
+    "CURVE_COLUMNS",
+    "DECISION_COLUMNS",
+    "ENDINGS",
+    "FAILED_STATES",
+    "RUNG_METRICS",
+    "TRIAL_COLUMNS",
+    "UNFINISHED",
+    "SweepFrames",
+    "SweepInfo",
+    "load_sweep",
+]
 
 
 def load_sweep(
@@ -149,8 +88,18 @@ def load_sweep(
         info["distributions"].update(_json_tag(run, "distributions", {}))
 
     curves = _curves_frame(histories)
-    trials = _trials_frame([by_number[number] for number in histories], info, curves)
-    return SweepFrames(info, trials, curves, _decisions_frame(histories, info))
+    ordered = [by_number[number] for number in histories]
+    trials = _trials_frame(ordered, info, curves)
+    decisions = _decisions_frame(histories, info)
+    numbers = pd.Index(list(histories), name="number", dtype="int64")
+    return SweepFrames(
+        info,
+        trials,
+        curves,
+        decisions,
+        _last_frame(ordered, numbers),
+        _fields_frame(ordered, numbers),
+    )
 
 
 def _find_parent(client: Any, uri: str, name: str, sweep_id: str | None) -> Any:
@@ -370,6 +319,23 @@ def _trials_frame(runs: Sequence[Any], info: SweepInfo, curves: pd.DataFrame) ->
     for name in sorted(names):
         frame[f"param.{name}"] = _typed([params.get(name) for params in drawn])
     return frame.sort_values("number", ignore_index=True)
+
+
+def _last_frame(runs: Sequence[Any], numbers: pd.Index[int]) -> pd.DataFrame:
+    """The last value of every figure that trials reported."""
+    kept = {name for run in runs for name in run.data.metrics} - {"mark", *RUNG_METRICS}
+    columns = {
+        name: [_unclipped(run.data.metrics.get(name, math.nan)) for run in runs]
+        for name in sorted(kept)
+    }
+    return pd.DataFrame(columns, index=numbers, dtype="float64")
+
+
+def _fields_frame(runs: Sequence[Any], numbers: pd.Index[int]) -> pd.DataFrame:
+    """The trainer's whole configuration of each trial, as text."""
+    names = sorted({name for run in runs for name in run.data.params})
+    columns = {name: [run.data.params.get(name) for run in runs] for name in names}
+    return pd.DataFrame(columns, index=numbers, dtype="object")
 
 
 def _wall_s(
