@@ -45,15 +45,8 @@ survivors alone."""
 SCHEDULER_NAMES = ("asha", "median", "none")
 PROVENANCE = "provenance"
 OWN_OPTIONS = (
-    "dataset",
-    "labelled",
-    "data_dir",
-    "in_memory",
-    "train_limit",
-    "val_limit",
-    "test_limit",
-    "epochs",
-    "report_every",
+    *("dataset", "labelled", "data_dir", "in_memory", "train_limit", "val_limit", "test_limit"),
+    *("epochs", "report_every"),
 )
 """`TrainConfig` fields that a sweep sets by options of its own."""
 SHARED_FIELDS = (*OWN_OPTIONS, "image_size", "split_seed", "loader_workers")
@@ -142,6 +135,9 @@ class SweepConfig(BaseModel):
     )
     keep_checkpoints: int = Field(
         10, ge=1, description="best completed trials whose last checkpoint is kept"
+    )
+    pictures: bool = Field(
+        True, description="at the end, pictures of what the three best trials learned"
     )
     failures_alike: int = Field(
         5, ge=2, description="first trials that fail alike before the sweep gives up"
