@@ -114,7 +114,7 @@ def pictures(
     tiles = [thumbnail(image) for image in data.val.pixels(shown_QJ.reshape(-1))]
     frames = [same if labelled else None for same in same_QJ.reshape(-1).tolist()]
     frames[:: shown_QJ.shape[1]] = [None] * len(rows_Q)
-    viewed = data.val.pixels(np.arange(min(VIEWED, len(data.val))))
+    viewed = data.val.pixels(spread_rows(labels_N, VIEWED, seed))
     views = augmented_views(encoder.config, viewed, encoder.mean, encoder.std, seed=seed)
     seen = np.concatenate([viewed[:, None], views], axis=1)
     check()
