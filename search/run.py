@@ -34,6 +34,7 @@ from search.journal import FILE_NAME, Journal, JournalError, load_state
 from search.locks import LOCK_NAME, locked
 from search.mirror import Mirror, MirrorError, check_apart, check_new, fully_mirrored
 from search.nodes import check_shared
+from search.pictures import make_pictures
 from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again
 from search.provenance import describe_data, git_commit, versions
 from search.result import SweepResult, result_of
@@ -330,6 +331,8 @@ class Sweep:
         try:
             with draining_on_signal(driver, self._on_note):
                 run_on_tune(self.dir, plan, driver, slots, on_step, self.storage)
+                if driver.crash is None:
+                    make_pictures(self.dir, plan, driver, self.storage, self._on_note)
             if driver.crash is not None:
                 raise driver.crash
         except BaseException as error:
