@@ -9,12 +9,15 @@ One parent run a sweep, one child run (`mlflow.parentRunId`) a trial, in the exp
 |        |          | objective, mode, total_images, train_images, val_images, rungs, marks,    |
 |        |          | reduction, slots, space, sampler, scheduler, dataset, wall_s, cursor,     |
 |        |          | also, also_modes (JSON, further objectives and which way each is better), |
+|        |          | pictures (JSON, the trials that have some, best first),                   |
 |        |          | warm_start (JSON, earlier sweep -> number of its trials taken over),      |
 |        |          | version.PACKAGE; mlflow.source.git.commit                                 |
 | parent | params   | every field of `SweepConfig`                                              |
 | parent | metrics  | best_OBJECTIVE at step = images spent by the whole sweep                  |
 | parent | dataset  | name, digest, sizes of the splits                                         |
 | parent | artifact | sweep.yaml; best/checkpoint.pt of the best trial                          |
+|        |          | pictures/trial-N/ of the best trials: map.json, neighbours.json and .png, |
+|        |          | views.png, about.json                                                     |
 | child  | tags     | kind=trial, sweep_id, number, state, reason, default, params and          |
 |        |          | distributions (JSON, searched ones only), seed, node, source, stratum,    |
 |        |          | bracket (from 0, which has all rungs), rung (where it was stopped by the  |
@@ -47,6 +50,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.config import SweepConfig
 from search.journal import FILE_NAME, read_events_from
+from search.pictures import INDEX, PICTURES
 from search.records import (
     milliseconds,
     params_of,
@@ -239,6 +243,7 @@ class Recorder:
         tags = _prefixed({**progress_tags(self._state), "cursor": self._offset})
         if ended is not None:
             self._upload_ending(client, parent)
+            self._upload_pictures(client, parent)
             status = "FINISHED" if ended["state"] == "finished" else "KILLED"
             client.set_terminated(parent, status, end_time=milliseconds(ended["time"]))
         elif any(event["event"] == "resumed" for event in new):
@@ -348,6 +353,16 @@ class Recorder:
             self._storage.opened(f"{best.checkpoint}/{CHECKPOINT_FILE}") as file,
         ):
             client.log_artifact(parent, str(file), "best")
+
+    def _upload_pictures(self, client: MlflowClient, parent: str) -> None:
+        """Those that the sweep's end made; the tag comes last, so that what it names is there."""
+        folder = self._dir / PICTURES
+        try:
+            made = json.loads((folder / INDEX).read_text(encoding="utf-8"))["trials"]
+        except FileNotFoundError:
+            return
+        client.log_artifacts(parent, str(folder), PICTURES)
+        client.set_tag(parent, f"{PREFIX}{PICTURES}", json.dumps(made))
 
 
 def _prefixed(tags: Mapping[str, Any]) -> dict[str, str]:
