@@ -49,6 +49,8 @@ THUMBNAIL = 64
 """Most pixels of a thumbnail's side."""
 BATCH_VALUES = 1 << 21
 """Of one batch of images: 682 of 32 pixels, 13 of 224, whose activations are some ten times it."""
+MOST_CHARACTERS = 200
+"""Of a class's name."""
 UMAP_NEIGHBOURS = 15
 
 SAME_CLASS, OTHER_CLASS = (18, 147, 108), (200, 118, 26)
@@ -120,7 +122,7 @@ def pictures(
     check()
 
     labels = {
-        "classes": list(data.classes) if labelled else [],
+        "classes": [name[:MOST_CHARACTERS] for name in data.classes] if labelled else [],
         "labels": labels_N.tolist() if labelled else None,
     }
     neighbours = {
