@@ -49,14 +49,14 @@ class Outcomes:
     total_images: int
 
     @property
-    def stopped_N(self) -> Array:
-        """Whether the scheduler stopped the trial, or would have, at a finite value."""
+    def was_stopped(self) -> Array:
+        """[N], whether the scheduler stopped the trial, or would have, at a finite value."""
         return ~np.isnan(self.stopped_at_N)
 
     @property
-    def unstopped_N(self) -> Array:
-        """Trials that passed every rung and came to a finite end."""
-        return np.isfinite(self.end_N) & ~self.stopped_N
+    def ran_through(self) -> Array:
+        """[N], the trials that passed every rung and came to a finite end."""
+        return np.isfinite(self.end_N) & ~self.was_stopped
 
     @cached_property
     def column(self) -> dict[int, int]:
@@ -130,7 +130,7 @@ def wrongly_stopped(outcomes: Outcomes, top: int = 1) -> WronglyStopped | None:
     interval is `hypergeometric_interval`.
     """
     bar = _bars(outcomes, top)
-    stopped = outcomes.stopped_N & ~np.isnan(bar)
+    stopped = outcomes.was_stopped & ~np.isnan(bar)
     known = stopped & outcomes.audited_N & ~np.isnan(outcomes.end_N)
     n, of = int(known.sum()), int(stopped.sum())
     if not n:
@@ -155,7 +155,7 @@ def _bars(outcomes: Outcomes, top: int) -> Array:
     bars = np.full(len(outcomes.end_N), np.nan)
     for stratum in np.unique(outcomes.stratum_N):
         mine = outcomes.stratum_N == stratum
-        ends = np.sort(outcomes.end_N[mine & outcomes.unstopped_N])
+        ends = np.sort(outcomes.end_N[mine & outcomes.ran_through])
         if len(ends) >= top:
             bars[mine] = ends[-top]
     return bars
@@ -196,7 +196,7 @@ def observed_regret(frames: SweepFrames, outcomes: Outcomes) -> Regret | None:
     audited = outcomes.audited_N & np.isfinite(outcomes.end_N)
     for code, stratum in enumerate(pd.factorize(frames.trials["stratum"])[1]):
         mine = outcomes.stratum_N == code
-        theirs, ours = mine & outcomes.unstopped_N, mine & audited
+        theirs, ours = mine & outcomes.ran_through, mine & audited
         if theirs.any() and ours.any():
             best, other = (
                 int(np.argmax(np.where(group, outcomes.end_N, -math.inf)))

@@ -56,14 +56,15 @@ def kendall(
     *,
     group_N: Array | None = None,
     sampled_N: Array | None = None,
-    sample: int = 0,
-    stopped: int = 0,
+    sample: float = 0,
+    stopped: float = 0,
     confidence: float = 0.95,
 ) -> RankCorrelation | None:
     """Tau-b of x and y, finite values of N trials; None where they are too few or all tie.
 
     `sampled_N`: the trials that stand for others; `sample`: how many were drawn (these, and those
-    drawn that never came to a second value), from `stopped` trials.
+    drawn that never came to a second value), from `stopped` trials. Where trials were thinned out,
+    both are what is left of them, and need not be whole.
     """
     n = len(x_N)
     sampled = np.zeros(n, bool) if sampled_N is None else sampled_N.astype(bool)

@@ -66,7 +66,7 @@ def replay(
     recording = recording_of(frames)
     epochs = recording.total_images / recording.train_images
     if graces is None:
-        graces = [usual for usual in USUAL_GRACES if usual < epochs] or [epochs / 2]
+        graces = usual_graces(epochs)
     competitors = min_competitors or sweep.config.min_competitors
     settings = settings_of(schedulers, graces, reductions, brackets, competitors)
     with contextlib.ExitStack() as stack:
@@ -92,6 +92,11 @@ def replay(
     _print_rows(rows, recording)
     _print_about(rows, about)
     out_console.print(f"page: {page}", soft_wrap=True)
+
+
+def usual_graces(epochs: float) -> list[float]:
+    """The graces to try where none is asked for, for trials of so many epochs."""
+    return [usual for usual in USUAL_GRACES if usual < epochs] or [epochs / 2]
 
 
 def recording_of(frames: SweepFrames) -> Recording:
