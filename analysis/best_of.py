@@ -1,0 +1,293 @@
+"""Expected best of n trials of a sample, how sure it is, and whether two samples differ in it.
+
+The best of n trials grows with n, so two methods are compared at one budget (Dodge et al. 2019,
+"Show Your Work", https://arxiv.org/abs/1909.03004). The estimate is the mean over all subsets of
+n of the N trials, which is unbiased (Tang et al. 2020, https://arxiv.org/abs/2004.13705).
+
+Its percentile bootstrap is not to be trusted: it cannot see above the highest value, and at
+n = N / 2 held the truth in 60 to 85 % of cases instead of 95 %. Intervals here are studentised: the
+jackknife's error of each bootstrap sample, and never narrower than Student's t. Nothing is said
+of n above N / 2, where a sample holds less than two separate draws of what is estimated.
+
+A test must hold its level where both samples are alike, and should not call a wider spread a
+better best. It is a permutation test of the studentised difference (Janssen 1997; Chung and
+Romano 2013, https://doi.org/10.1214/13-AOS1090), exact in the first case, which must agree with
+the studentised bootstrap of the two samples: the larger p counts, and the interval is the
+wider one.
+
+Letters: N trials of a sample, S samples, M trials of two samples together. Values are sorted, the
+best first, and higher is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln
+from scipy.stats import t as student
+
+Array = NDArray[Any]
+
+LEVEL = 0.95
+"""Of all intervals."""
+LEAST_ERROR = 0.1
+"""A bootstrap sample of equal values has no error of its own; it counts as this share of ours."""
+MAX_DRAWS = 500_000
+"""Values drawn for one sample's bootstrap, or one pair's permutations, which bounds the time."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Outcomes of one level's trials: `values_N`, the best first, and `costs_N`, images each."""
+
+    values_N: Array
+    costs_N: Array
+
+    @classmethod
+    def of(cls, values: Array, costs: Array) -> Sample:
+        """Sorted; values and costs belong together."""
+        order = np.argsort(-values, kind="stable")
+        return cls(values[order].astype(float), costs[order].astype(float))
+
+    def __len__(self) -> int:
+        return len(self.values_N)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each side may spend: so many trials, or so many images."""
+
+    trials: int | None = None
+    images: float | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate with its two-sided interval; `error` is the jackknife's standard error."""
+
+    value: float
+    low: float
+    high: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First less second sample; `p` is two-sided."""
+
+    interval: Estimate
+    p: float
+
+
+def draw_weights(total: int, n: int) -> Array:
+    """[total]: probability that the k-th best of all is the best of n drawn without replacement."""
+    k = np.arange(1, total - n + 2)
+    weights = np.zeros(total)
+    weights[: len(k)] = np.exp(_log_choose(total - k, n - 1) - _log_choose(total, n))
+    return weights
+
+
+def expected_best(sample: Sample, budget: Budget) -> float:
+    """Mean of the best of a budget over all subsets.
+
+    Images buy them over the mean images of a trial, whatever became of it; where that is no whole
+    number, another trial with the probability that is left, and one trial at least.
+    """
+    return float(_estimates(sample.values_N[None], sample.costs_N[None], budget, errors=False)[0])
+
+
+def intervals(
+    sample: Sample,
+    budgets: Sequence[Budget],
+    generator: np.random.Generator,
+    resamples: int = 1_000,
+) -> list[Estimate]:
+    """Studentised bootstrap intervals of the expected best; they need two trials and n < N."""
+    values_SN, costs_SN = _resampled(sample, generator, resamples)
+    least = student.ppf((1 + LEVEL) / 2, len(sample) - 1)
+    found = []
+    for budget in budgets:
+        value, error = _of_one(sample, budget)
+        drawn, errors = _estimates(values_SN, costs_SN, budget)
+        studentised = _ratio(drawn - value, np.maximum(errors, LEAST_ERROR * error))
+        low, high = np.quantile(studentised, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = value - max(high, least) * error, value - min(low, -least) * error
+        found.append(Estimate(value, float(low), float(high), error))
+    return found
+
+
+def difference(
+    first: Sample,
+    second: Sample,
+    budget: Budget,
+    generator: np.random.Generator,
+    *,
+    resamples: int = 1_000,
+    permutations: int = 2_000,
+) -> Difference:
+    """How much more the first sample's expected best is, at one budget; needs n < N of both."""
+    (a, a_error), (b, b_error) = _of_one(first, budget), _of_one(second, budget)
+    value, error = a - b, float(np.hypot(a_error, b_error))
+    observed = float(_ratio(np.array([value]), np.array([error]))[0])
+    drawn = [
+        _estimates(*_resampled(each, generator, resamples), budget) for each in (first, second)
+    ]
+    count = min(len(drawn[0][0]), len(drawn[1][0]))
+    (a_S, a_error_S), (b_S, b_error_S) = [(x[:count], e[:count]) for x, e in drawn]
+    studentised = _ratio(
+        a_S - b_S - value, np.maximum(np.hypot(a_error_S, b_error_S), LEAST_ERROR * error)
+    )
+    permuted = np.abs(_permuted(first, second, budget, generator, permutations))
+    slack = 1e-9 * max(1.0, abs(observed)) if np.isfinite(observed) else 0.0
+    above = (1 + np.sum(studentised >= observed - slack)) / (count + 1)
+    below = (1 + np.sum(studentised <= observed + slack)) / (count + 1)
+    alike = (1 + np.sum(permuted >= abs(observed) - slack)) / (len(permuted) + 1)
+    low, high = np.quantile(studentised, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    wide = np.quantile(permuted, LEVEL, method="higher")
+    finite = float(wide) if np.isfinite(wide) else 0.0
+    return Difference(
+        Estimate(
+            value,
+            float(value - max(high, finite) * error),
+            float(value - min(low, -finite) * error),
+            error,
+        ),
+        float(min(1.0, max(alike, 2 * min(above, below)))) if value else 1.0,
+    )
+
+
+def probability_better(first: Sample, second: Sample, n: int) -> Estimate:
+    """Probability that the best of n trials of the first beats that of the second, ties half.
+
+    Estimate: the jackknife's error on the scale of log-odds, an error of half a trial at least.
+    At n = 1, twice this less one is Cliff's delta.
+    """
+    wins = _wins(first, second, draw_weights(len(second), n))
+    losses = 1 - _wins(second, first, draw_weights(len(first), n))
+    value = float(draw_weights(len(first), n) @ wins)
+    variance, floor = 0.0, 0.0
+    for against, total in ((wins, len(first)), (losses, len(second))):
+        left_out = _leave_one_out(against[None], draw_weights(total - 1, n)[None])[0]
+        variance += (total - 1) / total * float(np.sum((left_out - left_out.mean()) ** 2))
+        floor = max(floor, 1 / (2 * total))
+    error = max(float(np.sqrt(variance)), floor)
+    inside = min(max(value, floor / 2), 1 - floor / 2)
+    spread = student.ppf((1 + LEVEL) / 2, min(len(first), len(second)) - 1) * error
+    spread /= inside * (1 - inside)
+    middle = np.log(inside / (1 - inside))
+    low, high = (float(1 / (1 + np.exp(-middle + side * spread))) for side in (1, -1))
+    return Estimate(value, min(low, value), max(high, value), error)
+
+
+def _wins(first: Sample, second: Sample, weights: Array) -> Array:
+    """[N of first]: probability that each value beats the second's best, ties half."""
+    rising = second.values_N[::-1]
+    below = np.concatenate([[0.0], np.cumsum(weights[::-1])])
+    left, right = (np.searchsorted(rising, first.values_N, side=side) for side in ("left", "right"))
+    return np.asarray((below[left] + below[right]) / 2)
+
+
+def _resampled(
+    sample: Sample, generator: np.random.Generator, resamples: int
+) -> tuple[Array, Array]:
+    """Values and costs, both [S, N], of S bootstrap samples, fewer where trials are many."""
+    total = len(sample)
+    count = max(200, min(resamples, MAX_DRAWS // total))
+    drawn = np.sort(generator.integers(0, total, (count, total)), axis=-1)
+    return sample.values_N[drawn], sample.costs_N[drawn]
+
+
+def _of_one(sample: Sample, budget: Budget) -> tuple[float, float]:
+    value, error = _estimates(sample.values_N[None], sample.costs_N[None], budget)
+    return float(value[0]), float(error[0])
+
+
+def _permuted(
+    first: Sample,
+    second: Sample,
+    budget: Budget,
+    generator: np.random.Generator,
+    permutations: int,
+) -> Array:
+    """Studentised differences [S] where it is chance which trial is of which sample."""
+    both = Sample.of(
+        np.concatenate([first.values_N, second.values_N]),
+        np.concatenate([first.costs_N, second.costs_N]),
+    )
+    total, here = len(both), len(first)
+    count = max(400, min(permutations, MAX_DRAWS // total))
+    labels_SM = np.tile(np.arange(total) < here, (count, 1))
+    labels_SM = generator.permuted(labels_SM, axis=1)
+    sides = []
+    for of_first, size in ((True, here), (False, total - here)):
+        chosen = np.nonzero(labels_SM == of_first)[1].reshape(count, size)
+        sides.append(_estimates(both.values_N[chosen], both.costs_N[chosen], budget))
+    (a, a_error), (b, b_error) = sides
+    return _ratio(a - b, np.hypot(a_error, b_error))
+
+
+def _ratio(differences: Array, errors: Array) -> Array:
+    """Differences over their errors: nil over nil is nil, and anything else over nil infinite."""
+    scale = np.abs(differences).max(initial=0.0)
+    nil = np.abs(differences) <= 1e-12 * scale
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(nil, 0.0, differences / errors)
+
+
+def _estimates(values_SN: Array, costs_SN: Array, budget: Budget, errors: bool = True) -> Any:
+    """Expected best [S] of each sample and its jackknife error [S]; without errors, the first."""
+    count, total = values_SN.shape
+    least = total - 1 if errors else total
+    if budget.trials is not None:
+        n_S = np.full(count, float(budget.trials))
+        assert budget.trials <= least, (budget, total)
+    else:
+        assert budget.images is not None
+        n_S = np.clip(budget.images / costs_SN.mean(-1), 1, least)
+    whole_S = np.minimum(np.floor(n_S).astype(int), max(least - 1, 1))
+    rest_S = n_S - whole_S
+    fractions = bool(rest_S.any())
+
+    def weighed(size: int, more: int) -> Array:
+        return _by_count(lambda n: draw_weights(size, n), whole_S + more)
+
+    at = np.einsum("sn,sn->s", values_SN, np.broadcast_to(weighed(total, 0), values_SN.shape))
+    slope_S = np.zeros(count)
+    if fractions:
+        more = np.broadcast_to(weighed(total, 1), values_SN.shape)
+        slope_S = np.einsum("sn,sn->s", values_SN, more) - at
+    estimates = at + rest_S * slope_S
+    if not errors:
+        return estimates
+    weights = weighed(total - 1, 0)
+    if fractions:
+        weights = weights + rest_S[:, None] * (weighed(total - 1, 1) - weights)
+    left_out = _leave_one_out(values_SN, weights)
+    if budget.images is not None:  # without a cheap trial the rest are dearer, and buy fewer
+        without = (costs_SN.sum(-1, keepdims=True) - costs_SN) / (total - 1)
+        left_out = left_out + slope_S[:, None] * (budget.images / without - n_S[:, None])
+    spread = left_out - left_out.mean(-1, keepdims=True)
+    return estimates, np.sqrt((total - 1) / total * np.einsum("sn,sn->s", spread, spread))
+
+
+def _by_count(weights: Callable[[int], Array], whole_S: Array) -> Array:
+    """[S, N], or [1, N] where every sample has the same n."""
+    least, most = int(whole_S.min()), int(whole_S.max())
+    table = np.stack([weights(n) for n in range(least, most + 1)])
+    return table if least == most else table[whole_S - least]
+
+
+def _leave_one_out(values_SN: Array, weights: Array) -> Array:
+    """[S, N]: weights [S or 1, N - 1] over the values in their order, each value left out once."""
+    nothing = np.zeros((*values_SN.shape[:-1], 1))
+    before = np.concatenate([nothing, np.cumsum(values_SN[..., :-1] * weights, -1)], -1)
+    after = np.cumsum((values_SN[..., 1:] * weights)[..., ::-1], -1)[..., ::-1]
+    return np.asarray(before + np.concatenate([after, nothing], -1))
+
+
+def _log_choose(total: Any, n: Any) -> Any:
+    return gammaln(total + 1) - gammaln(n + 1) - gammaln(total - n + 1)
