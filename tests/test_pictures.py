@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer import pictures as made
 from trainer.augment import TwoViews
@@ -152,6 +153,15 @@ def test_the_work_is_bounded_by_the_number_of_images() -> None:
     assert small < some < made.MOST_IMAGES
     assert images_within(encoder, 8e9) == pytest.approx(2 * some, abs=1)
     assert images_within(untrained(splits(64)), 16e9) == pytest.approx(some, rel=0.05)
+
+
+@pytest.mark.slow
+def test_operations_are_those_that_torch_counts() -> None:
+    encoder = untrained(splits(32), encoder="resnet18")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder.encoder(torch.zeros(1, 3, 32, 32))
+    flop = counter.get_total_flops()
+    assert images_within(encoder, 100 * flop) == 100
 
 
 def test_images_are_read_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
