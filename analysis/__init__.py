@@ -6,7 +6,7 @@ store; neither torch nor Ray is imported.
 
 from __future__ import annotations
 
-from analysis.load import SweepFrames, SweepInfo, load_sweep
+from analysis.load import SweepFrames, SweepInfo, load_sweep, load_sweeps, with_metrics
 from analysis.report import write_report
 from analysis.tables import leaderboard, leaderboard_rows, summarise
 
@@ -16,6 +16,8 @@ __all__ = [
     "leaderboard",
     "leaderboard_rows",
     "load_sweep",
+    "load_sweeps",
     "summarise",
+    "with_metrics",
     "write_report",
 ]

@@ -2,17 +2,18 @@
 
 The tags, parameters and metrics read here are the ones that the recorder of sweeps writes:
 one parent run a sweep, one child run a trial, metrics at step = images seen. Only MLflow's
-public client is used, one request a trial and metric; artifacts are not read.
+public client is used; artifacts are not read. A thousand runs at a time come with their tags,
+parameters and last values; a learning curve is one more request a trial and metric.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from analysis.frames import (
@@ -28,13 +29,25 @@ from analysis.frames import (
     SweepFrames,
     SweepInfo,
 )
+from analysis.histories import (
+    REPORT,
+    counted_marks,
+    decisions_frame,
+    in_order,
+    placed,
+    points_of,
+    times,
+)
 from analysis.store import (
     EXPERIMENT,
     TAG,
+    Run,
     connect,
-    first_line,
+    in_one_line,
+    json_tag,
+    kept,
+    parsed_tag,
     search,
-    store_errors,
     without_credentials,
 )
 
@@ -51,6 +64,8 @@ __all__ = [
     "SweepFrames",
     "SweepInfo",
     "load_sweep",
+    "load_sweeps",
+    "with_metrics",
 ]
 
 
@@ -59,52 +74,83 @@ def load_sweep(
     name: str,
     *,
     sweep_id: str | None = None,
-    metrics: Iterable[str] | None = None,
+    metrics: Iterable[str] | Literal["all"] = (),
 ) -> SweepFrames:
     """Read a sweep by its name; of several with one name the newest, or the one of `sweep_id`.
 
-    `metrics` limits the learning curves to these and the objective (None: every metric; about
-    a millisecond a trial and metric); the report's page needs none beside the objective.
-    Raises ValueError, in one line, for a store that cannot be read and for a sweep that is not
-    in it.
+    The learning curves are those of the objective and of `metrics`, each about a millisecond a
+    trial; the last value of every metric is there without that, in `last`. Raises ValueError, in
+    one line, for a store that cannot be read, for a sweep that is not in it and for a metric that
+    no trial reported.
     """
     shown = without_credentials(tracking_uri)
     client = connect(tracking_uri)
-    wanted = None if metrics is None else frozenset(metrics)
-    try:
-        parent = _find_parent(client, shown, name, sweep_id)
-        info = _sweep_info(parent, shown)
-        runs = search(client, [parent.info.experiment_id], "trial", info["sweep_id"])
-        by_number = {int(run.data.tags[TAG + "number"]): run for run in runs}
-        histories = {
-            number: _histories(client, run, info["objective"], wanted)
-            for number, run in sorted(by_number.items())
-        }
-    except store_errors() as error:
-        raise ValueError(f"cannot read tracking store {shown}: {first_line(error)}") from None
-    except KeyError as error:
-        raise ValueError(f"sweep {name!r}: its records lack the tag {error}") from None
-    for run in by_number.values():
-        info["distributions"].update(_json_tag(run, "distributions", {}))
+    with in_one_line(shown):
+        try:
+            parent = _find_parent(client, shown, name, sweep_id)
+            info = _sweep_info(parent, shown)
+            marks = json_tag(parent.data.tags, "marks", [], parent.info.run_id)
+            found = search(client, [parent.info.experiment_id], "trial", info["sweep_id"])
+            by_number = {run.number: run for run in map(kept, found)}
+        except KeyError as error:
+            raise ValueError(f"sweep {name!r}: its records lack the tag {error}") from None
+        runs = [by_number[number] for number in sorted(by_number)]
+        objective = info["objective"]
+        asked = [(run.number, run.run_id, objective) for run in runs if objective in run.metrics]
+        points = points_of(client, asked)
+        run_ids = {run.number: run.run_id for run in runs}
+        curves = placed(client, run_ids, points, counted_marks(points, runs, marks))
+        decisions = decisions_frame(client, runs, curves)
+    for text in dict.fromkeys(run.tags.get(TAG + "distributions", "{}") for run in runs):
+        info["distributions"].update(parsed_tag("distributions", text, info["run_id"]))
+    last = _last_frame(runs)
+    trials = _trials_frame(runs, info, curves, last)
+    frames = SweepFrames(info, trials, curves, decisions, last, _fields_frame(runs))
+    return with_metrics(frames, metrics, tracking_uri)
 
-    curves = _curves_frame(histories)
-    ordered = [by_number[number] for number in histories]
-    trials = _trials_frame(ordered, info, curves)
-    decisions = _decisions_frame(histories, info)
-    numbers = pd.Index(list(histories), name="number", dtype="int64")
-    return SweepFrames(
-        info,
-        trials,
-        curves,
-        decisions,
-        _last_frame(ordered, numbers),
-        _fields_frame(ordered, numbers),
-    )
+
+def load_sweeps(
+    tracking_uri: str, names: Iterable[str], *, metrics: Iterable[str] | Literal["all"] = ()
+) -> list[SweepFrames]:
+    """Several sweeps of one store, in this order; see `load_sweep`."""
+    return [load_sweep(tracking_uri, name, metrics=metrics) for name in names]
+
+
+def with_metrics(
+    frames: SweepFrames,
+    metrics: Iterable[str] | Literal["all"],
+    tracking_uri: str | None = None,
+) -> SweepFrames:
+    """The frames with the learning curves of these metrics, too, read from the store.
+
+    A metric takes about a millisecond a trial; those that are there already are not read again.
+    `tracking_uri` is needed where it has a user and a password, which frames do not keep.
+    Raises ValueError for a metric that no trial reported; before the first report all are taken.
+    """
+    known = [str(name) for name in frames.last.columns]
+    named = [metrics] if isinstance(metrics, str) else list(metrics)
+    names = known if named == ["all"] else list(dict.fromkeys(named))
+    for name in names:
+        if known and name not in known:
+            raise ValueError(f"metric must be one of {', '.join(known)}; got {name!r}")
+    there = {frames.info["objective"], *frames.curves["metric"].unique()}
+    missing = [name for name in names if name not in there]
+    if not missing or not known:
+        return frames
+    uri = tracking_uri or frames.info["tracking_uri"]
+    client = connect(uri)
+    run_ids = dict(zip(frames.trials["number"], frames.trials["run_id"], strict=True))
+    with in_one_line(without_credentials(uri)):
+        asked = [(n, run_id, name) for n, run_id in run_ids.items() for name in missing]
+        reports = frames.curves[[*REPORT, "mark"]].drop_duplicates(REPORT)
+        new = placed(client, run_ids, points_of(client, asked), reports)
+    return dataclasses.replace(frames, curves=in_order(pd.concat([frames.curves, new])))
 
 
 def _find_parent(client: Any, uri: str, name: str, sweep_id: str | None) -> Any:
     experiment = client.get_experiment_by_name(EXPERIMENT)
-    parents = [] if experiment is None else search(client, [experiment.experiment_id], "sweep")
+    where = [] if experiment is None else [experiment.experiment_id]
+    parents = list(search(client, where, "sweep")) if where else []
     for parent in parents:  # whatever its folder is called by now
         if sweep_id is not None and parent.data.tags.get(TAG + "sweep_id") == sweep_id:
             return parent
@@ -117,17 +163,6 @@ def _find_parent(client: Any, uri: str, name: str, sweep_id: str | None) -> Any:
         return named[-1]
     ids = ", ".join(parent.data.tags.get(TAG + "sweep_id", "?") for parent in named)
     raise ValueError(f"no sweep {name!r} with id {sweep_id!r} in {uri}; ids of that name: {ids}")
-
-
-def _json_tag(run: Any, tag: str, default: Any) -> Any:
-    text = run.data.tags.get(TAG + tag)
-    if text is None:
-        return default
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        message = f"run {run.info.run_id}: tag {TAG}{tag} must be JSON, got {text[:80]!r}"
-        raise ValueError(message) from None
 
 
 def _number_tag(tags: Mapping[str, str], tag: str) -> float | None:
@@ -147,25 +182,25 @@ def _timestamp(milliseconds: int | None) -> pd.Timestamp | None:
 
 
 def _sweep_info(parent: Any, tracking_uri: str) -> SweepInfo:
-    tags = parent.data.tags
+    tags, run_id = parent.data.tags, parent.info.run_id
     version = TAG + "version."
     start = _timestamp(parent.info.start_time)
     assert start is not None
     return SweepInfo(
         name=tags[TAG + "sweep"],
         sweep_id=tags[TAG + "sweep_id"],
-        run_id=parent.info.run_id,
+        run_id=run_id,
         tracking_uri=tracking_uri,
         state=tags.get(TAG + "state", "interrupted"),
         objective=tags[TAG + "objective"],
-        also=tuple(_json_tag(parent, "also", [])),
-        also_modes=tuple(_json_tag(parent, "also_modes", [])),
-        warm_start=_json_tag(parent, "warm_start", {}),
+        also=tuple(json_tag(tags, "also", [], run_id)),
+        also_modes=tuple(json_tag(tags, "also_modes", [], run_id)),
+        warm_start=json_tag(tags, "warm_start", {}, run_id),
         mode=tags[TAG + "mode"],
         total_images=int(tags[TAG + "total_images"]),
         train_images=int(tags[TAG + "train_images"]),
         val_images=_whole(_number_tag(tags, "val_images")),
-        rungs=tuple(int(rung) for rung in _json_tag(parent, "rungs", [])),
+        rungs=tuple(int(rung) for rung in json_tag(tags, "rungs", [], run_id)),
         reduction=_number_tag(tags, "reduction"),
         slots=_whole(_number_tag(tags, "slots")),
         wall_s=_number_tag(tags, "wall_s"),
@@ -184,167 +219,72 @@ def _sweep_info(parent: Any, tracking_uri: str) -> SweepInfo:
     )
 
 
-Point = tuple[int, int, float]  # samples_seen, time in ms, value
-
-
-def _histories(
-    client: Any, run: Any, objective: str, wanted: frozenset[str] | None
-) -> dict[str, list[Point]]:
-    """Metric -> its points by time. Two marks within one batch share a step, not a time."""
-    needed = {objective, "mark", *RUNG_METRICS}
-    histories: dict[str, list[Point]] = {}
-    for metric in sorted(run.data.metrics):
-        if wanted is None or metric in wanted or metric in needed:
-            points = client.get_metric_history(run.info.run_id, metric)
-            histories[metric] = sorted(
-                {
-                    (p.step, p.timestamp): (p.step, p.timestamp, _unclipped(p.value))
-                    for p in points
-                }.values(),
-                key=lambda point: (point[1], point[0]),
-            )
-    return histories
-
-
-def _unclipped(value: float) -> float:
-    """SQL stores keep an infinity as the largest float."""
-    return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else float(value)
-
-
-def _curves_frame(histories: Mapping[int, Mapping[str, list[Point]]]) -> pd.DataFrame:
-    rows = []
-    for number, metrics in histories.items():
-        marks = {(step, t): int(value) for step, t, value in metrics.get("mark", [])}
-        for metric, points in metrics.items():
-            if metric == "mark" or metric in RUNG_METRICS:
-                continue
-            rows += [
-                (number, metric, step, marks.get((step, t), step), v, t) for step, t, v in points
-            ]
-    frame = pd.DataFrame(rows, columns=list(CURVE_COLUMNS)).astype(
-        {"number": "int64", "samples_seen": "int64", "mark": "int64", "value": "float64"}
-    )
-    frame["time"] = pd.to_datetime(frame["time"], unit="ms", utc=True)
-    return frame.sort_values(["time", "number", "samples_seen", "metric"], ignore_index=True)
-
-
-def _decisions_frame(
-    histories: Mapping[int, Mapping[str, list[Point]]], info: SweepInfo
+def _trials_frame(
+    runs: Sequence[Run], info: SweepInfo, curves: pd.DataFrame, last: pd.DataFrame
 ) -> pd.DataFrame:
-    rows = []
-    for number, metrics in histories.items():
-        at = {
-            metric: {(step, t): value for step, t, value in points}
-            for metric, points in metrics.items()
-        }
-        for point, stop in at.get("rung_stop", {}).items():
-            rows.append(
-                (
-                    number,
-                    int(at.get("mark", {}).get(point, point[0])),
-                    point[0],
-                    at.get(info["objective"], {}).get(point, math.nan),
-                    at.get("rung_cutoff", {}).get(point, math.nan),
-                    at.get("rung_competitors", {}).get(point, math.nan),
-                    bool(stop),
-                    bool(at.get("rung_pause", {}).get(point, 0)),
-                )
-            )
-    frame = pd.DataFrame(rows, columns=list(DECISION_COLUMNS)).astype(
-        {
-            "number": "int64",
-            "mark": "int64",
-            "samples_seen": "int64",
-            "stop": "bool",
-            "pause": "bool",
-        }
-    )
-    for column in ("value", "cutoff"):
-        frame[column] = frame[column].astype("float64")
-    frame["competitors"] = frame["competitors"].astype("float64").astype("Int64")
-    return frame.sort_values(["mark", "number"], ignore_index=True)
+    objective = curves.sort_values(["number", "samples_seen", "mark"])
+    by_trial = objective.groupby("number")
+    best = by_trial["value"].max() if info["mode"] == "max" else by_trial["value"].min()
+    ends = objective.drop_duplicates("number", keep="last").set_index("number")
 
+    def column(tag: str, default: str = "") -> list[str]:
+        return [run.tags.get(TAG + tag, default) for run in runs]
 
-def _trials_frame(runs: Sequence[Any], info: SweepInfo, curves: pd.DataFrame) -> pd.DataFrame:
-    objective = curves[curves["metric"] == info["objective"]].sort_values("samples_seen")
-    by_trial = objective.groupby("number")["value"]
-    best = by_trial.max() if info["mode"] == "max" else by_trial.min()
-    ends = objective.drop_duplicates("number", keep="last")
-    last = {row["number"]: row for row in ends.to_dict("records")}
-    rows = []
-    for run in runs:
-        tags, metrics = run.data.tags, run.data.metrics
-        number = int(tags[TAG + "number"])
-        state, reason = tags.get(TAG + "state", UNFINISHED), tags.get(TAG + "reason", "")
-        by_command = state == "pruned" and reason == COMMAND_REASON
-        start, end = _timestamp(run.info.start_time), _timestamp(run.info.end_time)
-        reached = last.get(number, {"value": math.nan, "samples_seen": 0, "mark": 0})
-        rows.append(
-            {
-                "number": number,
-                "state": state,
-                "ending": BY_COMMAND if by_command else state,
-                "reason": reason,
-                "is_default": tags.get(TAG + "default") == "true",
-                "objective": float(reached["value"]),
-                "best_objective": float(best.get(number, math.nan)),
-                "samples_seen": max(
-                    int(reached["samples_seen"]), int(_number_tag(tags, "samples_seen") or 0)
-                ),
-                "mark": int(reached["mark"]),
-                "wall_s": _wall_s(metrics, start, end),
-                "images_per_s": metrics.get("images_per_s", math.nan),
-                "start": start,
-                "end": end,
-                "node": tags.get(TAG + "node", ""),
-                "seed": tags.get(TAG + "seed", ""),
-                "rung": _whole(_number_tag(tags, "rung")),
-                "audited": _whole(_number_tag(tags, "audited")),
-                "bracket": _whole(_number_tag(tags, "bracket")),
-                "stratum": tags.get(TAG + "stratum", ""),
-                "pareto": tags.get(TAG + "pareto") == "true",
-                "run_id": run.info.run_id,
-            }
-        )
-    frame = pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
-    for column in ("rung", "audited", "bracket"):
-        frame[column] = frame[column].astype("Int64")
-    for column in ("start", "end"):
-        frame[column] = pd.to_datetime(frame[column], utc=True)
-    frame["pareto"] = frame["pareto"].astype(bool)
-    for name in info["also"]:
-        frame[f"also.{name}"] = [_unclipped(run.data.metrics.get(name, math.nan)) for run in runs]
-    drawn = [_json_tag(run, "params", {}) for run in runs]
-    names = dict.fromkeys(name for params in drawn for name in params)
-    for name in sorted(names):
-        frame[f"param.{name}"] = _typed([params.get(name) for params in drawn])
-    return frame.sort_values("number", ignore_index=True)
+    def whole(tag: str) -> pd.Series[Any]:
+        return pd.Series([_whole(_number_tag(run.tags, tag)) for run in runs], dtype="Int64")
 
-
-def _last_frame(runs: Sequence[Any], numbers: pd.Index[int]) -> pd.DataFrame:
-    """The last value of every figure that trials reported."""
-    kept = {name for run in runs for name in run.data.metrics} - {"mark", *RUNG_METRICS}
-    columns = {
-        name: [_unclipped(run.data.metrics.get(name, math.nan)) for run in runs]
-        for name in sorted(kept)
+    frame = pd.DataFrame({"number": last.index.to_numpy(dtype="int64")})
+    number, reason = frame["number"], column("reason")
+    frame["state"] = state = column("state", UNFINISHED)
+    frame["ending"] = [
+        BY_COMMAND if (each, why) == ("pruned", COMMAND_REASON) else each
+        for each, why in zip(state, reason, strict=True)
+    ]
+    frame["reason"] = reason
+    frame["is_default"] = [text == "true" for text in column("default")]
+    frame["objective"] = number.map(ends["value"]).astype("float64")
+    frame["best_objective"] = number.map(best).astype("float64")
+    reached = number.map(ends["samples_seen"]).fillna(0).astype("int64")
+    frame["samples_seen"] = np.maximum(reached, whole("samples_seen").fillna(0).astype("int64"))
+    frame["mark"] = number.map(ends["mark"]).fillna(0).astype("int64")
+    frame["start"] = times([run.start for run in runs])
+    frame["end"] = times([run.end for run in runs])
+    clock = (frame["end"] - frame["start"]).dt.total_seconds()  # where no report tells
+    absent = pd.Series(math.nan, index=last.index)
+    frame["wall_s"] = pd.Series(last.get("wall_s", absent).to_numpy()).fillna(clock)
+    frame["images_per_s"] = last.get("images_per_s", absent).to_numpy()
+    for tag in ("node", "seed", "stratum"):
+        frame[tag] = column(tag)
+    for tag in ("rung", "audited", "bracket"):
+        frame[tag] = whole(tag)
+    frame["pareto"] = [text == "true" for text in column("pareto")]
+    frame["run_id"] = [run.run_id for run in runs]
+    frame = frame[list(TRIAL_COLUMNS)]
+    more: dict[str, Any] = {
+        f"also.{name}": last.get(name, absent).to_numpy() for name in info["also"]
     }
-    return pd.DataFrame(columns, index=numbers, dtype="float64")
+    drawn = [json_tag(run.tags, "params", {}, run.run_id) for run in runs]
+    for name in sorted({name for params in drawn for name in params}):
+        more[f"param.{name}"] = _typed([params.get(name) for params in drawn])
+    return pd.concat([frame, pd.DataFrame(more, index=frame.index)], axis="columns")
 
 
-def _fields_frame(runs: Sequence[Any], numbers: pd.Index[int]) -> pd.DataFrame:
+def _last_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """The last value of every figure that trials reported."""
+    names = sorted({name for run in runs for name in run.metrics} - {"mark", *RUNG_METRICS})
+    columns = {name: np.array([run.metrics.get(name, math.nan) for run in runs]) for name in names}
+    return pd.DataFrame(columns, index=_numbers(runs), dtype="float64")
+
+
+def _fields_frame(runs: Sequence[Run]) -> pd.DataFrame:
     """The trainer's whole configuration of each trial, as text."""
-    names = sorted({name for run in runs for name in run.data.params})
-    columns = {name: [run.data.params.get(name) for run in runs] for name in names}
-    return pd.DataFrame(columns, index=numbers, dtype="object")
+    names = sorted({name for run in runs for name in run.params})
+    columns = {name: [run.params.get(name) for run in runs] for name in names}
+    return pd.DataFrame(columns, index=_numbers(runs), dtype="object")
 
 
-def _wall_s(
-    metrics: Mapping[str, float], start: pd.Timestamp | None, end: pd.Timestamp | None
-) -> float:
-    """Training and evaluation; the run's own clock where no report tells."""
-    if "wall_s" in metrics:
-        return metrics["wall_s"]
-    return math.nan if start is None or end is None else (end - start).total_seconds()
+def _numbers(runs: Sequence[Run]) -> pd.Index[int]:
+    return pd.Index([run.number for run in runs], name="number", dtype="int64")
 
 
 def _typed(values: Sequence[object]) -> pd.Series[Any]:

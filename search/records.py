@@ -13,8 +13,8 @@ from search.state import Event, SweepState, TrialState
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param
 
-PARAM_CHARS = 6000
-"""MLflow's limit."""
+PARAM_CHARS, TAG_CHARS = 6000, 5000
+"""Limits of MLflow."""
 
 
 def plan_tags(header: Event) -> dict[str, Any]:
@@ -68,17 +68,42 @@ def trial_tags(trial: TrialState, sweep_id: str) -> dict[str, Any]:
     }
 
 
+def decision_tags(trial: TrialState, objective: str) -> dict[str, str]:
+    """The decisions at a trial's rungs so far, as JSON.
+
+    Each is [mark, samples_seen, value, cutoff, competitors, stop, pause] with null for what there
+    is not. What is too long for one tag goes on, from a whole decision on, in `decisions.1` and
+    further ones.
+    """
+    texts: list[str] = []
+    for report in trial.reports.values():
+        decision: Mapping[str, Any] = report["decision"]
+        if decision["rung"] is None:
+            continue
+        row = [
+            int(report["mark"]),
+            int(report["samples_seen"]),
+            report["metrics"].get(objective),
+            decision["cutoff"],
+            decision["competitors"],
+            int(decision["stop"]),
+            int(decision.get("pause", False)),
+        ]
+        text = json.dumps(row, separators=(",", ":"))
+        if texts and len(texts[-1]) + len(text) + len("[,]") <= TAG_CHARS:
+            texts[-1] += f",{text}"
+        else:
+            texts.append(text)
+    return {
+        f"decisions.{part}" if part else "decisions": f"[{text}]" for part, text in enumerate(texts)
+    }
+
+
 def report_metrics(event: Event) -> list[Metric]:
-    """All figures of a `report` event, and at a rung those of its decision."""
+    """All figures of a `report` event."""
     from mlflow.entities import Metric
 
     figures: dict[str, Any] = {"mark": event["mark"], **event["metrics"]}
-    decision: Mapping[str, Any] = event["decision"]
-    if decision["rung"] is not None:
-        figures["rung_competitors"] = decision["competitors"]
-        figures["rung_stop"] = int(decision["stop"])
-        figures["rung_pause"] = int(decision.get("pause", False))
-        figures["rung_cutoff"] = decision["cutoff"]
     at, step = milliseconds(event["time"]), int(event["samples_seen"])
     return [
         Metric(name, float(value), at, step) for name, value in figures.items() if value is not None

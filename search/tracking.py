@@ -22,11 +22,13 @@ One parent run a sweep, one child run (`mlflow.parentRunId`) a trial, in the exp
 |        |          | distributions (JSON, searched ones only), seed, node, source, stratum,    |
 |        |          | bracket (from 0, which has all rungs), rung (where it was stopped by the  |
 |        |          | scheduler), audited (where it would have been),                           |
-|        |          | pareto (true: no trial beats it in all objectives),                       |
+|        |          | pareto (true: no trial beats it in all objectives), decisions (JSON, a    |
+|        |          | list for each rung reached: mark, samples_seen, value, cutoff,            |
+|        |          | competitors, stop, pause; too long for a tag, it goes on in decisions.1), |
 |        |          | samples_seen (at the end, what a failed trial cost after its last report) |
 | child  | params   | every field of `TrainConfig`                                              |
-| child  | metrics  | every figure of a `Report`, and at rungs rung_cutoff, rung_competitors,   |
-|        |          | rung_stop, rung_pause; at step = samples_seen with the report's own time  |
+| child  | metrics  | mark, and every figure of a `Report`, at step = samples_seen with the     |
+|        |          | report's own time                                                         |
 
 Status of a child: FINISHED (completed), KILLED (pruned), FAILED (the other final states),
 RUNNING (unfinished).
@@ -52,6 +54,8 @@ from search.config import SweepConfig
 from search.journal import FILE_NAME, read_events_from
 from search.pictures import INDEX, PICTURES
 from search.records import (
+    TAG_CHARS,
+    decision_tags,
     milliseconds,
     params_of,
     plan_tags,
@@ -72,7 +76,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow's page opens on runs and curves, not on traces of language models."""
-BATCH_METRICS, BATCH_PARAMS, TAG_CHARS = 1000, 100, 5000
+BATCH_METRICS, BATCH_PARAMS = 1000, 100
 """Limits of MLflow's log_batch."""
 POLL_S = 1.0
 DEFAULTS = {name: info.default for name, info in TrainConfig.model_fields.items()}
@@ -224,6 +228,7 @@ class Recorder:
             return
         metrics: dict[int, list[Metric]] = defaultdict(list)
         params: dict[int, list[Param]] = {}
+        decided: set[int] = set()
         for event in new:
             number = int(event["number"]) if "number" in event else None
             if event["event"] == "sweep_started":
@@ -233,9 +238,15 @@ class Recorder:
                 self._find_or_create_child(client, parent, trial)
                 params[trial.number] = params_of({**DEFAULTS, **trial.config})
             if number is not None:
-                metrics[number] += report_metrics(event) if event["event"] == "report" else []
+                is_report = event["event"] == "report"
+                metrics[number] += report_metrics(event) if is_report else []
+                if is_report and event["decision"]["rung"] is not None:
+                    decided.add(number)
+        objective = self._state.header["config"]["objective"]
         for number, points in metrics.items():
-            self._upload_trial(client, self._state.trials[number], points, params.get(number, []))
+            trial = self._state.trials[number]
+            decisions = decision_tags(trial, objective) if number in decided else {}
+            self._upload_trial(client, trial, points, params.get(number, []), decisions)
         best = self._best_so_far(new)
         for start in range(0, len(best), BATCH_METRICS):
             client.log_batch(parent, metrics=best[start : start + BATCH_METRICS])
@@ -276,13 +287,18 @@ class Recorder:
             self._children[trial.number] = self._create_child(client, parent, trial)
 
     def _upload_trial(
-        self, client: MlflowClient, trial: TrialState, metrics: list[Metric], params: list[Param]
+        self,
+        client: MlflowClient,
+        trial: TrialState,
+        metrics: list[Metric],
+        params: list[Param],
+        decisions: Mapping[str, str],
     ) -> None:
         """Metrics, tags and, of a new trial, its parameters in as few requests as there can be."""
         from mlflow.entities import RunTag
 
         run_id = self._children[trial.number]
-        tags = {"node": trial.node} if trial.node else {}
+        tags = {**decisions, **({"node": trial.node} if trial.node else {})}
         if trial.state:
             tags |= {"state": trial.state, "reason": trial.reason[:TAG_CHARS]}
             tags["samples_seen"] = str(trial.samples_seen)

@@ -4,12 +4,21 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 
-from analysis.load import CURVE_COLUMNS, DECISION_COLUMNS, TRIAL_COLUMNS, load_sweep
+from analysis.load import (
+    CURVE_COLUMNS,
+    DECISION_COLUMNS,
+    TRIAL_COLUMNS,
+    load_sweep,
+    load_sweeps,
+    with_metrics,
+)
 
 
 def test_info_is_typed(recorded):
@@ -51,8 +60,8 @@ def test_searched_parameters_have_their_types(recorded):
     assert drawn.tolist() == (trials["param.loss"] == "margin").tolist()
 
 
-def test_curves_are_tidy(recorded):
-    curves = recorded.curves
+def test_curves_are_tidy(sweep_store):
+    curves = load_sweep(sweep_store, "planted", metrics="all").curves
     assert list(curves.columns) == list(CURVE_COLUMNS)
     assert set(curves["metric"]) == {"knn_top1", "train_loss", "wall_s", "images_per_s"}
     one = curves[(curves["number"] == 8) & (curves["metric"] == "train_loss")]
@@ -75,10 +84,43 @@ def test_decisions_are_one_row_a_rung_reached(recorded):
     assert first["competitors"] == 1
 
 
-def test_metrics_can_be_limited(sweep_store):
-    frames = load_sweep(sweep_store, "planted", metrics=())
+def test_of_histories_only_those_asked_for_are_read(sweep_store, monkeypatch):
+    asked = []
+    read = MlflowClient.get_metric_history
+
+    def noted(client, run_id, key):
+        asked.append((run_id, key))
+        return read(client, run_id, key)
+
+    monkeypatch.setattr(MlflowClient, "get_metric_history", noted)
+    frames = load_sweep(sweep_store, "planted")
     assert set(frames.curves["metric"]) == {"knn_top1"}
-    assert len(frames.decisions) == 18
+    reporting = len(frames.trials) - 1  # trial 12 ran out of memory before its first report
+    decided = 11  # whose decisions are metrics, as in records from before the tag
+    counts = Counter(key for _, key in asked)
+    assert counts == {
+        "knn_top1": reporting,
+        **dict.fromkeys(("rung_stop", "rung_competitors", "rung_cutoff"), decided),
+    }
+    asked.clear()
+    more = with_metrics(frames, ["train_loss"])
+    assert Counter(key for _, key in asked) == {"train_loss": len(frames.trials)}
+    assert set(more.curves["metric"]) == {"knn_top1", "train_loss"}
+    asked.clear()
+    assert with_metrics(more, ["train_loss", "knn_top1"]) is more
+    assert not asked
+
+
+def test_an_unknown_metric_lists_the_known(sweep_store):
+    known = "images_per_s, knn_top1, train_loss, wall_s; got 'mark'"
+    with pytest.raises(ValueError, match=f"metric must be one of {known}"):
+        load_sweep(sweep_store, "planted", metrics=["mark"])
+
+
+def test_several_sweeps_come_in_the_order_asked_for(sweep_store, record_sweep, fake_trial):
+    record_sweep("second", [fake_trial(0, "completed", {"lr": 1e-3}, [0.5])])
+    both = load_sweeps(sweep_store, ["second", "planted"])
+    assert [frames.info["name"] for frames in both] == ["second", "planted"]
 
 
 def test_newest_of_one_name_unless_an_id_is_given(sweep_store, record_sweep, fake_trial):

@@ -1,0 +1,133 @@
+"""Histories of metrics -> curves with the mark of each point, and the decisions at rungs.
+
+A history is one request a trial and metric, so that of `mark` is read only where the marks of a
+trial's reports cannot be told without it.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.frames import CURVE_COLUMNS, DECISION_COLUMNS, RUNG_METRICS
+from analysis.store import TAG, Run, json_tag, unclipped
+
+REPORT = ["number", "samples_seen", "time"]
+"""What tells one report from another: two marks within one batch share a step, not a time."""
+
+
+def points_of(client: Any, asked: Iterable[tuple[int, str, str]]) -> pd.DataFrame:
+    """Histories of (number, run, metric), a request each: REPORT, `metric` and `value`."""
+    numbers, steps, stamps = array("q"), array("q"), array("q")  # a tenth of lists' memory
+    values, names = array("d"), []
+    for number, run_id, metric in asked:
+        history = client.get_metric_history(run_id, metric)
+        numbers.extend([number] * len(history))
+        names += [metric] * len(history)
+        steps.extend([point.step for point in history])
+        values.extend([unclipped(point.value) for point in history])
+        stamps.extend([point.timestamp for point in history])
+    frame = pd.DataFrame(
+        {
+            "number": np.array(numbers, dtype="int64"),
+            "metric": names,
+            "samples_seen": np.array(steps, dtype="int64"),
+            "value": np.array(values, dtype="float64"),
+            "time": times(stamps),
+        }
+    )
+    return frame.drop_duplicates([*REPORT, "metric"], keep="last", ignore_index=True)
+
+
+def times(milliseconds: Sequence[int | None]) -> pd.Series[Any]:
+    """MLflow's milliseconds since the epoch as a column of times, UTC; None is NaT."""
+    at = np.array(milliseconds, dtype="datetime64[ms]").astype("datetime64[us]")
+    return pd.Series(at).dt.tz_localize("UTC")
+
+
+def counted_marks(points: pd.DataFrame, runs: Sequence[Run], marks: Sequence[int]) -> pd.DataFrame:
+    """The marks of reports, without a history of `mark`: REPORT and `mark`.
+
+    The i-th report of a trial is at the sweep's i-th mark where it has as many points of the
+    objective as there are marks up to its last one; other trials are left out.
+    """
+    order = points.sort_values(["number", "time", "samples_seen"], ignore_index=True)
+    table = np.array([*marks, math.nan])
+    nth = order.groupby("number").cumcount().to_numpy()
+    count = order["number"].map(order["number"].value_counts()).to_numpy(dtype="int64")
+    last = order["number"].map({run.number: run.metrics.get("mark", math.nan) for run in runs})
+    order["mark"] = table[np.minimum(nth, len(marks))]
+    whole = table[np.minimum(count - 1, len(marks))] == last.to_numpy(dtype="float64")
+    return order.loc[whole, [*REPORT, "mark"]]
+
+
+def placed(
+    client: Any, run_ids: Mapping[int, str], points: pd.DataFrame, reports: pd.DataFrame
+) -> pd.DataFrame:
+    """Points -> curves: each with its mark, from `reports` or else from the history of `mark`."""
+    mark = points.merge(reports, how="left", on=REPORT)["mark"].astype("float64")
+    unknown = points.loc[mark.isna(), "number"].unique()
+    if len(unknown):
+        asked = [(int(number), run_ids[int(number)], "mark") for number in unknown]
+        told = points_of(client, asked).rename(columns={"value": "told"})
+        mark = mark.fillna(points.merge(told[[*REPORT, "told"]], how="left", on=REPORT)["told"])
+    return in_order(points.assign(mark=mark.fillna(points["samples_seen"]).astype("int64")))
+
+
+def in_order(curves: pd.DataFrame) -> pd.DataFrame:
+    """CURVE_COLUMNS in the order of time."""
+    order = ["time", "number", "samples_seen", "mark", "metric"]
+    return curves.sort_values(order, ignore_index=True)[list(CURVE_COLUMNS)]
+
+
+def decisions_frame(client: Any, runs: Sequence[Run], curves: pd.DataFrame) -> pd.DataFrame:
+    """DECISION_COLUMNS, from the tag `decisions` of each run and, of older records, from metrics.
+
+    `curves` are those of the objective.
+    """
+    rows = [(run.number, *row) for run in runs for row in _decided(run)]
+    frame = pd.DataFrame(rows, columns=list(DECISION_COLUMNS))
+    older = [run for run in runs if TAG + "decisions" not in run.tags]
+    asked = [
+        (run.number, run.run_id, metric)
+        for run in older
+        for metric in RUNG_METRICS
+        if "rung_stop" in run.metrics and metric in run.metrics
+    ]
+    if asked:
+        frame = pd.concat([frame, _from_metrics(client, asked, curves)])
+    frame = frame.astype(
+        {
+            **dict.fromkeys(("number", "mark", "samples_seen"), "int64"),
+            **dict.fromkeys(("value", "cutoff", "competitors"), "float64"),
+            **dict.fromkeys(("stop", "pause"), "bool"),
+        }
+    )
+    frame["competitors"] = frame["competitors"].astype("Int64")
+    return frame.sort_values(["mark", "number"], ignore_index=True)
+
+
+def _decided(run: Run) -> Iterator[list[Any]]:
+    """The rows of a trial's tags `decisions`, `decisions.1` and so on."""
+    tag = "decisions"
+    while TAG + tag in run.tags:
+        yield from json_tag(run.tags, tag, [], run.run_id)
+        tag = f"decisions.{int(tag.partition('.')[2] or 0) + 1}"
+
+
+def _from_metrics(
+    client: Any, asked: Sequence[tuple[int, str, str]], curves: pd.DataFrame
+) -> pd.DataFrame:
+    """Decisions as they were recorded before there was a tag of them: as metrics at rungs."""
+    run_ids = {number: run_id for number, run_id, _ in asked}
+    points = placed(client, run_ids, points_of(client, asked), curves[[*REPORT, "mark"]])
+    wide = points.pivot(index=[*REPORT, "mark"], columns="metric", values="value")
+    wide = wide.reindex(columns=list(RUNG_METRICS)).dropna(subset="rung_stop").reset_index()
+    frame = wide.merge(curves[[*REPORT, "value"]], how="left", on=REPORT)
+    frame = frame.rename(columns=lambda name: str(name).removeprefix("rung_"))
+    return frame.assign(pause=frame["pause"].fillna(0))[list(DECISION_COLUMNS)]

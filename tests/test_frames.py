@@ -1,0 +1,236 @@
+"""Frames of a sweep as the recorder writes it, and as it was written before there were tags of
+decisions: both are what the journal says."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from mlflow.entities import Metric
+from mlflow.tracking import MlflowClient
+
+from analysis.frames import SweepFrames
+from analysis.histories import decisions_frame
+from analysis.load import load_sweep
+from analysis.store import Run
+from search.journal import FILE_NAME, Journal
+from search.records import TAG_CHARS, decision_tags, milliseconds
+from search.simulate import VirtualClock
+from search.state import Event, TrialState
+from search.tracking import Recorder
+
+MARKS, RUNGS = (100, 200, 300, 400), (100, 300)
+
+
+def begin(folder: Path) -> tuple[Journal, VirtualClock]:
+    folder.mkdir()
+    (folder / "sweep.yaml").write_text("space: quick\n")
+    clock = VirtualClock(1.76e9)
+    journal = Journal.create(folder / FILE_NAME, clock=clock, durable=False)
+    config = {"name": folder.name, "trials": 8, "objective": "knn_top1", "space": "quick",
+              "sampler": "tpe", "scheduler": "asha", "dataset": "digits", "reduction": 3,
+              "fixed": {}}  # fmt: skip
+    journal.append(
+        "sweep_started", schema=1, sweep_id="id", config=config, mode="max", total_images=400,
+        marks=MARKS, rungs=RUNGS, slots=2, space_sha256=None, git_commit="c", tracking="embedded",
+        versions={}, data={"name": "digits", "train": 100, "val": 30, "test": 20, "classes": 10,
+        "skipped": 0, "skipped_files": [], "digest": "d"},
+    )  # fmt: skip
+    for number in range(8):
+        journal.append(
+            "suggested", number=number, params={"lr": 0.1 + number}, distributions={},
+            system_attrs={}, config={"lr": 0.1 + number, "seed": number}, default=number == 0,
+        )  # fmt: skip
+    return journal, clock
+
+
+def report(journal: Journal, number: int, mark: int, value: float | None, **decided: Any) -> None:
+    """One report; `seen` is given where a batch went further, the rest is its decision's."""
+    seen = decided.pop("seen", mark + 1)
+    rung = mark if mark in RUNGS else None
+    decision = {"stop": False, "rung": rung, "cutoff": None, "competitors": number} | decided
+    metrics = {"knn_top1": value, "train_loss": 5.0 - mark / 100, "wall_s": seen / 50}
+    journal.append("report", number=number, mark=mark, samples_seen=seen, metrics=metrics,
+                   decision=decision, node="n1", pid=1)  # fmt: skip
+
+
+def first_half(journal: Journal, clock: VirtualClock) -> None:
+    for number in range(7):
+        value = None if number == 6 else 0.5 + number / 100  # 6: no objective, and no end
+        cutoff = 0.507 if number else None
+        report(journal, number, 100, value, cutoff=cutoff, stop=number == 1, pause=number == 4)
+        clock.now_s += 1
+    journal.append("finished", number=1, state="pruned", reason="", mark=100)
+    report(journal, 0, 200, 0.6)
+    report(journal, 2, 200, None)  # a loss that is not a number is no objective
+
+
+def second_half(journal: Journal, clock: VirtualClock) -> None:
+    report(journal, 0, 300, 0.65, cutoff=None)
+    clock.now_s += 2
+    report(journal, 0, 400, 0.7)
+    journal.append("finished", number=0, state="completed", reason="", mark=400)
+    report(journal, 2, 300, 0.1, cutoff=0.6)
+    journal.append("finished", number=2, state="diverged", reason="nan", mark=300)
+    report(journal, 3, 200, 0.55, seen=305)  # one batch reached two marks
+    clock.now_s += 0.004
+    report(journal, 3, 300, 0.55, seen=305, cutoff=0.6, stop=True)
+    journal.append("finished", number=3, state="pruned", reason="", mark=300)
+    journal.append("started", number=4, attempt=2, segment=2, node="n2", why="promoted", rung=100)
+    report(journal, 4, 200, 0.57)
+    journal.append("died", number=4, reason="its node")
+    journal.append("started", number=4, attempt=3, segment=3, node="n1", why="retry")
+    clock.now_s += 5
+    report(journal, 4, 300, 0.58, cutoff=0.5999999999999999)
+    report(journal, 5, 200, 0.56)
+    report(journal, 5, 300, None)
+    report(journal, 5, 400, None)
+    journal.append("finished", number=5, state="diverged", reason="collapsed", mark=400)
+    journal.append("finished", number=7, state="error", reason="at its start", mark=0)
+
+
+def as_before_the_tag(client: MlflowClient, run_ids: dict[int, str], reports: list[Event]) -> None:
+    """Decisions as metrics at rungs, as records of older versions have them."""
+    for number, run_id in run_ids.items():
+        if "contrasweep.decisions" in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, "contrasweep.decisions")
+        points = []
+        for event in reports:
+            decision = event["decision"]
+            if event["number"] != number or decision["rung"] is None:
+                continue
+            figures = {
+                "rung_competitors": decision["competitors"],
+                "rung_stop": decision["stop"],
+                "rung_pause": decision.get("pause", False),
+                "rung_cutoff": decision["cutoff"],
+            }
+            at, step = milliseconds(event["time"]), event["samples_seen"]
+            points += [
+                Metric(name, float(value), at, step)
+                for name, value in figures.items()
+                if value is not None
+            ]
+        client.log_batch(run_id, metrics=points)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Journal]]:
+    """URI of a store and the journal of the sweep in it, recorded in two goes."""
+    folder = tmp_path_factory.mktemp("runs") / "ways"
+    journal, clock = begin(folder)
+    uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
+    recorder = Recorder(folder, uri)
+    first_half(journal, clock)
+    recorder.sync()
+    second_half(journal, clock)
+    recorder.sync()
+    yield uri, journal
+    shutil.rmtree(folder)
+
+
+def check_against(journal: Journal, frames: SweepFrames) -> None:
+    reports = journal.state.reports
+    expected = [
+        (e["time"], e["number"], name, e["samples_seen"], e["mark"], value)
+        for e in reports
+        for name, value in e["metrics"].items()
+        if value is not None
+    ]
+    expected.sort(key=lambda row: (round(row[0], 3), row[1], row[3], row[4], row[2]))
+    curves = frames.curves
+    columns = ["number", "metric", "samples_seen", "mark", "value"]
+    rows = list(curves[columns].itertuples(index=False, name=None))
+    assert rows == [row[1:] for row in expected]
+    times = [pd.Timestamp(milliseconds(row[0]), unit="ms", tz="UTC") for row in expected]
+    assert curves["time"].tolist() == times
+
+    decided = sorted(
+        (e for e in reports if e["decision"]["rung"]), key=lambda e: (e["mark"], e["number"])
+    )
+    decisions = frames.decisions.astype({"competitors": "int64"})
+    for column in ("number", "mark", "samples_seen"):
+        assert decisions[column].tolist() == [e[column] for e in decided]
+    for column in ("stop", "pause", "competitors"):
+        assert decisions[column].tolist() == [e["decision"].get(column, False) for e in decided]
+    for column, values in (
+        ("value", [e["metrics"]["knn_top1"] for e in decided]),
+        ("cutoff", [e["decision"]["cutoff"] for e in decided]),
+    ):
+        assert [None if pd.isna(v) else v for v in decisions[column]] == values
+
+
+def test_the_frames_are_what_the_journal_says_whichever_way_they_were_recorded(
+    sweep: tuple[str, Journal], tmp_path: Path
+) -> None:
+    uri, journal = sweep
+    frames = load_sweep(uri, "ways", metrics="all")
+    check_against(journal, frames)
+    assert frames.trials["mark"].tolist() == [400, 100, 300, 300, 300, 200, 0, 0]
+    assert frames.last["train_loss"].tolist()[:7] == [1.0, 4.0, 2.0, 2.0, 2.0, 1.0, 4.0]
+    assert frames.fields.loc[3, "lr"] == "3.1"
+
+    copy = tmp_path / "older.db"
+    shutil.copy(uri.removeprefix("sqlite:///"), copy)
+    client = MlflowClient(f"sqlite:///{copy}")
+    run_ids = dict(zip(frames.trials["number"], frames.trials["run_id"], strict=True))
+    as_before_the_tag(client, run_ids, journal.state.reports)
+    client.delete_tag(frames.info["run_id"], "contrasweep.marks")
+    older = load_sweep(f"sqlite:///{copy}", "ways", metrics="all")
+    for name in ("trials", "curves", "decisions", "last", "fields"):
+        pd.testing.assert_frame_equal(getattr(older, name), getattr(frames, name))
+
+
+def test_marks_are_counted_unless_a_report_lacks_its_objective(
+    sweep: tuple[str, Journal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    read = MlflowClient.get_metric_history
+
+    def noted(client: MlflowClient, run_id: str, key: str) -> Any:
+        asked.append((run_id, key))
+        return read(client, run_id, key)
+
+    monkeypatch.setattr(MlflowClient, "get_metric_history", noted)
+    frames = load_sweep(sweep[0], "ways")
+    trials = frames.trials.set_index("run_id")["number"]
+    by_key = {
+        key: sorted(trials[run_id] for run_id, name in asked if name == key) for _, key in asked
+    }
+    assert by_key == {"knn_top1": [0, 1, 2, 3, 4, 5], "mark": [2, 5]}
+
+
+def trial_with(rungs: int) -> TrialState:
+    reports: dict[int, Event] = {
+        mark: {
+            "mark": mark,
+            "samples_seen": mark + 7,
+            "metrics": {"knn_top1": 1 / mark if mark % 3 else None},
+            "decision": {
+                "stop": mark == rungs,
+                "rung": mark,
+                "cutoff": 0.1 / mark,
+                "competitors": 3,
+            },
+        }
+        for mark in range(1, rungs + 1)
+    }
+    return TrialState(number=5, params={}, distributions={}, system_attrs={}, config={},
+                      is_default=False, suggested_at=0.0, reports=reports)  # fmt: skip
+
+
+@pytest.mark.parametrize("rungs", [0, 1, 90, 400])
+def test_many_decisions_go_on_in_further_tags(rungs: int) -> None:
+    tags = decision_tags(trial_with(rungs), "knn_top1")
+    assert all(len(text) <= TAG_CHARS for text in tags.values())
+    assert sum(len(json.loads(text)) for text in tags.values()) == rungs
+    assert len(tags) == (rungs and 1 + sum(map(len, tags.values())) // TAG_CHARS)
+    prefixed = {f"contrasweep.{key}": text for key, text in tags.items()}
+    run = Run(5, "id", None, None, prefixed, {}, {})
+    frame = decisions_frame(None, [run], pd.DataFrame())
+    assert frame["mark"].tolist() == list(range(1, rungs + 1))
+    assert frame["value"].isna().tolist() == [mark % 3 == 0 for mark in range(1, rungs + 1)]
+    assert frame["stop"].sum() == min(rungs, 1)
