@@ -9,14 +9,18 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.effects import Importance, is_categorical, is_log, parameter_frame
+from analysis.effects import Comparable, Importance, comparable, settings_of
 from analysis.load import SweepFrames
+from analysis.scales import Scale, scale_of
+from analysis.slices import Trend, trend
 from analysis.style import (
     DRAWN_ORDER,
     ENDING_STYLE,
+    GREY,
     SERIES_COLOURS,
     WINNER_COLOUR,
     finish,
@@ -27,43 +31,46 @@ from analysis.style import (
 )
 from analysis.tables import summarise
 
+MAX_POINTS = 500
+"""Of more trials, the better half of that many and the rest at random are drawn."""
 
-def parameter_figure(frames: SweepFrames, parameter: str) -> go.Figure:
+MEASURES = {"fanova": "fANOVA: share of variance", "ped_anova": "PED-ANOVA: best tenth"}
+
+
+def parameter_figure(
+    frames: SweepFrames, parameter: str, compared: Comparable | None = None
+) -> go.Figure:
     """Last objective of each trial against one parameter, by ending; log axis where searched so.
 
+    The line and its band are the trend over the comparable values (None: `comparable`'s).
     ValueError for a parameter that was not searched.
     """
     if parameter not in frames.parameters:
         known = ", ".join(frames.parameters) or "none"
         raise ValueError(f"parameter must be one of {known}; got {parameter!r}")
-    info = frames.info
-    table = parameter_frame(frames)
-    table = table[table["parameter"] == parameter]
-    choice = is_categorical(frames, parameter)
-    order = _levels(table["setting"].tolist()) if choice else None
+    info, scale = frames.info, scale_of(frames, parameter)
     winner = summarise(frames)["winner"]
     won = winner["number"] if winner else None
+    table = thinned(settings_of(frames, parameter), info["mode"])
     figure = go.Figure()
+    found = parameter_trend(frames, scale, compared or comparable(frames))
+    if found is not None:
+        add_trend(figure, found, scale)
+    groups = table["ending"].map(lambda ending: group_of(str(ending)))
     for group in DRAWN_ORDER:
-        rows = table[[group_of(ending) == group for ending in table["ending"]]]
-        rows = rows[rows["number"] != won]
-        _add_points(figure, rows, group, order)
-    _add_points(figure, table[table["number"] == won], "winner", order)
-    if order is not None:
+        _add_points(figure, table[(groups == group) & (table["number"] != won)], group, scale)
+    _add_points(figure, table[table["number"] == won], "winner", scale)
+    if scale.levels is not None:
         figure.update_xaxes(
-            tickvals=list(order.values()),
-            ticktext=[escape(level) for level in order],
-            range=[-0.5, len(order) - 0.5],
-            showgrid=False,
+            **scale.ticks(), range=[-0.5, len(scale.levels) - 0.5], showgrid=False
         )
-    elif is_log(frames, parameter):
-        figure.update_xaxes(type="log", **log_ticks([float(v) for v in table["setting"]]))
-    title = escape(parameter)
-    scale = " (log scale)" if not choice and is_log(frames, parameter) else ""
+    elif scale.log:
+        settings = [float(value) for value in table["setting"]]
+        figure.update_xaxes(type="log", **log_ticks(settings))
     figure = finish(
         figure,
-        title=title,
-        x=title + scale,
+        title=escape(parameter),
+        x=scale.title,
         y=escape(info["objective"]),
         y_range=robust_range([frames]),
         height=290,
@@ -71,25 +78,111 @@ def parameter_figure(frames: SweepFrames, parameter: str) -> go.Figure:
     return figure.update_layout(showlegend=False)
 
 
+def parameter_trend(frames: SweepFrames, scale: Scale, compared: Comparable) -> Trend | None:
+    """The trend of the comparable values over one parameter, None where there is none."""
+    setting = frames.trials.set_index("number")[f"param.{scale.parameter}"]
+    values = compared.values[compared.values.index.isin(setting.index)]
+    places = scale.places(setting.loc[values.index])
+    return trend(places, values.to_numpy(dtype="float64"), scale)
+
+
+def thinned(table: pd.DataFrame, mode: str, most: int = MAX_POINTS) -> pd.DataFrame:
+    """At most `most` rows: half of them the best objectives, the others drawn at random."""
+    if len(table) <= most:
+        return table
+    ordered = table.sort_values("objective", ascending=mode == "min", kind="stable")
+    best, others = ordered.head(most // 2), ordered.iloc[most // 2 :]
+    rows = np.random.default_rng(0).choice(len(others), most - len(best), replace=False)
+    return pd.concat([best, others.iloc[np.sort(rows)]]).sort_index()
+
+
+def add_trend(figure: go.Figure, found: Trend, scale: Scale) -> None:
+    """A curve with its band, or means with their intervals; axis in settings, not places."""
+    x = [scale.setting(place) for place in found.places]
+    if found.is_curve:
+        figure.add_scatter(
+            x=[*x, *reversed(x)],
+            y=[*found.low, *reversed(found.high)],
+            fill="toself",
+            fillcolor="rgba(133,140,153,0.25)",
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            name="interval",
+        )
+        figure.add_scatter(
+            x=x,
+            y=found.centre,
+            mode="lines",
+            line={"color": GREY, "width": 2.5},
+            name="trend",
+            customdata=np.column_stack([found.low, found.high]).tolist(),
+            hovertemplate="trend %{y:.4f}<br>%{customdata[0]:.4f} to %{customdata[1]:.4f}"
+            "<extra></extra>",
+        )
+        return
+    half = (found.high - found.centre).tolist()
+    figure.add_scatter(
+        x=x,
+        y=found.centre,
+        error_y={
+            "type": "data",
+            "array": [0.0 if math.isnan(value) else value for value in half],
+            "color": GREY,
+            "thickness": 2.5,
+            "width": 9,
+        },
+        mode="markers",
+        marker={"color": GREY, "symbol": "line-ew", "size": 34, "line": {"color": GREY, "width": 3}},
+        name="mean",
+        customdata=[
+            (int(count), "no interval" if math.isnan(value) else f"± {value:.4f}")
+            for count, value in zip(found.counts, half, strict=True)
+        ],
+        hovertemplate="mean %{y:.4f} %{customdata[1]}<br>n = %{customdata[0]}<extra></extra>",
+    )
+
+
 def importance_figure(results: Sequence[Importance]) -> go.Figure:
-    """Horizontal bars, one colour an evaluator; results without shares are left out."""
+    """Horizontal bars, one colour an evaluator; results without shares are left out.
+
+    Bars are the medians over bootstrap samples with the interval of 5 to 95 %, or the plain
+    shares where there are no samples; a dashed line is the noise floor.
+    """
     drawn = [result for result in results if result.shares]
-    order = list(dict.fromkeys(name for result in drawn for name in result.shares or {}))
+    bars = [_bars(result) for result in drawn]
+    order = list(dict.fromkeys(name for bar in bars for name in bar))
     figure = go.Figure()
-    labels = {"fanova": "fANOVA: share of variance", "ped_anova": "PED-ANOVA: best tenth"}
-    for result, colour in zip(drawn, SERIES_COLOURS, strict=False):
-        shares = {name: (result.shares or {}).get(name, math.nan) for name in order}
+    longest = 0.0
+    for result, bar, colour in zip(drawn, bars, SERIES_COLOURS, strict=False):
+        label = MEASURES[result.evaluator]
+        shown = [bar.get(name, (math.nan,) * 3) for name in order]
+        middle = [share for _, share, _ in shown]
+        longest = max([longest, *(high for _, _, high in shown if not math.isnan(high))])
         figure.add_bar(
             y=[escape(name) for name in order],
-            x=list(shares.values()),
+            x=middle,
             orientation="h",
             marker={"color": colour},
-            name=labels[result.evaluator],
-            text=["" if math.isnan(v) else f"{v:.0%}" for v in shares.values()],
-            textposition="outside",
-            cliponaxis=False,
-            hovertemplate="%{y}: %{x:.1%}<extra>" + labels[result.evaluator] + "</extra>",
+            name=label,
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [high - share for _, share, high in shown],
+                "arrayminus": [share - low for low, share, _ in shown],
+                "color": GREY,
+                "thickness": 2,
+                "width": 4,
+            },
+            customdata=[(low, high) for low, _, high in shown],
+            hovertemplate="%{y}: %{x:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})<extra>"
+            + label
+            + "</extra>",
         )
+        if result.stability is not None:
+            floor = result.stability.floor
+            longest = max(longest, floor)
+            figure.add_vline(x=floor, line={"color": colour, "width": 2, "dash": "dash"})
     figure = finish(
         figure,
         title="Parameter importance",
@@ -98,16 +191,18 @@ def importance_figure(results: Sequence[Importance]) -> go.Figure:
         height=max(200, 110 + len(order) * (20 + 20 * len(drawn))),
     )
     figure.update_yaxes(autorange="reversed", type="category", ticks="", showgrid=False)
-    longest = max(
-        (share for result in drawn for share in (result.shares or {}).values()), default=1
-    )
-    figure.update_xaxes(range=[0, 1.15 * longest], tickformat=".0%", nticks=6)
+    figure.update_xaxes(range=[0, 1.05 * (longest or 1.0)], tickformat=".0%", nticks=6)
     return figure.update_layout(showlegend=len(drawn) > 1, bargap=0.35)
 
 
-def _add_points(
-    figure: go.Figure, rows: pd.DataFrame, group: str, order: dict[str, int] | None
-) -> None:
+def _bars(result: Importance) -> dict[str, tuple[float, float, float]]:
+    """Name -> low end, middle and high end of the share, the largest first."""
+    if result.stability is not None:
+        return result.stability.intervals
+    return {name: (share, share, share) for name, share in (result.shares or {}).items()}
+
+
+def _add_points(figure: go.Figure, rows: pd.DataFrame, group: str, scale: Scale) -> None:
     label, colour, symbol = ENDING_STYLE.get(group, ("winner", WINNER_COLOUR, "star"))
     if rows.empty:
         return
@@ -116,10 +211,10 @@ def _add_points(
     numbers = rows["number"].tolist()
     x = (
         [float(value) for value in settings]
-        if order is None
+        if scale.levels is None
         else [
-            order[str(value)] + _sideways(number)
-            for number, value in zip(numbers, settings, strict=True)
+            place + _sideways(number)
+            for number, place in zip(numbers, scale.places(settings), strict=True)
         ]
     )
     shown = [escape(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in settings]
@@ -131,7 +226,7 @@ def _add_points(
         marker={
             "color": colour,
             "symbol": symbol,
-            "size": 14 if group == "winner" else 9,
+            "size": 14 if group == "winner" else 9 if len(rows) < 150 else 6,
             "opacity": 0.95 if full else 0.75,
         },
         name=label,
@@ -139,13 +234,6 @@ def _add_points(
         + label
         + "<br>%{customdata[2]}<br>%{y:.4f} at %{customdata[1]:,} images<extra></extra>",
     )
-
-
-def _levels(settings: Sequence[object]) -> dict[str, int]:
-    """Each level's place on a categorical axis: numbers by size, everything else by name."""
-    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in settings)
-    levels = sorted(set(settings), key=float if numeric else str)  # type: ignore[arg-type]
-    return {str(level): place for place, level in enumerate(levels)}
 
 
 def _sideways(number: int) -> float:
