@@ -1,9 +1,15 @@
-"""One sweep as pandas frames: `SweepFrames`, its columns, and the names of how trials end."""
+"""One sweep as pandas frames: its columns, the names of how trials end, and its tables as files."""
 
 from __future__ import annotations
 
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 import pandas as pd
 
@@ -102,3 +108,63 @@ class SweepFrames:
         names = [str(name) for name in self.trials.columns if str(name).startswith("param.")]
         names.sort(key=lambda name: -len(self.trials[name].dropna()))
         return [name.removeprefix("param.") for name in names]
+
+
+Format = Literal["parquet", "csv"]
+TABLES = ("trials", "curves", "decisions", "last", "fields")
+
+
+def write_frames(
+    sweeps: Sequence[SweepFrames], folder: Path, format: Format = "parquet"
+) -> dict[str, Path]:
+    """Write TABLES of one or more sweeps into `folder`; returns their paths.
+
+    Of several sweeps the first column is `sweep`, its name (with its id, where two have one name),
+    and a column that one of them lacks is empty there. A parameter whose values are of several
+    kinds is text. Each file is there as a whole or not at all, and none before all are written.
+    """
+    tables = {name: _joined(sweeps, name) for name in TABLES}
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.{format}" for name in tables}
+    mark = uuid.uuid4().hex[:8]
+    beside = {name: folder / f".{name}.{mark}" for name in tables}
+    try:
+        for name, table in tables.items():
+            if format == "parquet":
+                table.to_parquet(beside[name], index=False)
+            else:
+                table.to_csv(beside[name], index=False)
+        for name, path in paths.items():
+            os.replace(beside[name], path)
+    finally:
+        for left in beside.values():
+            left.unlink(missing_ok=True)
+    return paths
+
+
+def _joined(sweeps: Sequence[SweepFrames], name: str) -> pd.DataFrame:
+    parts = [getattr(frames, name).copy(deep=False) for frames in sweeps]
+    if name in ("last", "fields"):
+        parts = [part.reset_index() for part in parts]
+    if len(parts) > 1:
+        for part, label in zip(parts, _labels(sweeps), strict=True):
+            part.insert(0, "sweep", [label] * len(part))
+    joined = pd.concat(parts, ignore_index=True)
+    for column in joined.columns[joined.dtypes == "object"]:
+        joined[column] = [_as_text(value) for value in joined[column]]
+    return joined
+
+
+def _labels(sweeps: Sequence[SweepFrames]) -> list[str]:
+    names = Counter(frames.info["name"] for frames in sweeps)
+    return [
+        name if names[name] == 1 else f"{name} {frames.info['sweep_id']}"
+        for frames in sweeps
+        for name in [frames.info["name"]]
+    ]
+
+
+def _as_text(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    return None if value is None or value is pd.NA or value != value else json.dumps(value)
