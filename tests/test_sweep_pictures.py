@@ -1,4 +1,4 @@
-"""Pictures at a sweep's end, and on its page: made, recorded, read back, or left out with a note."""
+"""Pictures at a sweep's end and on its page: made, recorded, read back, or noted as missing."""
 
 import io
 import json
@@ -249,7 +249,7 @@ def test_pictures_come_back_as_they_were_made(
     (trial,) = found.trials
     assert trial.neighbours_png == files["neighbours.png"]
     assert trial.views_png == files["views.png"]
-    assert trial.maps.model_dump() == pytest.approx(json.loads(files["map.json"]))
+    assert trial.maps.model_dump(mode="json") == json.loads(files["map.json"])
     assert (trial.about.trial, trial.about.value, trial.about.images) == (0, 0.75, 60)
 
 
@@ -292,7 +292,7 @@ def test_what_is_broken_is_left_out_with_a_note(
 
 
 def test_one_trial_of_two_may_be_missing(uploaded: tuple[MlflowClient, str, Path]) -> None:
-    client, run_id, folder = uploaded
+    client, run_id, _ = uploaded
     client.set_tag(run_id, "contrasweep.pictures", "[7, 0]")
     found = load_pictures(client, run_id)
     assert [trial.about.trial for trial in found.trials] == [0]
@@ -329,7 +329,7 @@ def section(pictures: SweepPictures) -> tuple[dict[str, Any], Figures, str]:
 def test_the_page_shows_map_neighbours_and_views(files: dict[str, bytes]) -> None:
     other = {**files, "about.json": damage(files, "about.json", trial=4, value=0.5)}
     both = SweepPictures((parse_pictures(files), parse_pictures(other)), ("a <note>",))
-    found, figures, page = section(both)
+    _, figures, page = section(both)
     assert list(figures.drawn) == ["s0-map-0-pca", "s0-map-4-pca"]
     traces = figures.drawn["s0-map-0-pca"]["data"]
     assert [trace["name"] for trace in traces] == [str(digit) for digit in range(10)]
@@ -428,16 +428,14 @@ def test_a_sweep_ends_with_pictures_of_its_best_trials(tmp_path: Path) -> None:
     experiment = client.get_experiment_by_name("contrasweep")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id], "tags.`contrasweep.kind` = 'sweep'")
-    best = [
-        trial.number for trial in pictured_trials(load_state(sweep.dir / "events.jsonl"), config)
-    ]
+    state = load_state(sweep.dir / "events.jsonl")
+    best = [trial.number for trial in pictured_trials(state, config)]
     assert sorted(best) == [0, 1]
     for number in best:
         listed = client.list_artifacts(run.info.run_id, f"pictures/trial-{number}")
         assert sorted(Path(each.path).name for each in listed) == FILES
     found = load_pictures(sweep.tracking_uri, run.info.run_id)
     assert [trial.about.trial for trial in found.trials] == best
-    state = load_state(sweep.dir / "events.jsonl")
     for trial in found.trials:
         assert trial.about.value == state.trials[trial.about.trial].value("knn_top1")
 
