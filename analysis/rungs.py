@@ -96,10 +96,10 @@ def rung_correlations(outcomes: Outcomes, rungs: Sequence[int]) -> list[MarkCorr
 
 
 def mark_correlations(outcomes: Outcomes) -> list[MarkCorrelation]:
-    """Of marks on the way with the full resource, as many as a figure can show."""
+    """Of marks on the way with the full resource: such as most trials have, at most MOST_MARKS."""
     marks = [int(mark) for mark in outcomes.marks_M if mark < outcomes.total_images]
-    known = outcomes.scores_NM[np.isfinite(outcomes.end_N)]
-    often = [mark for mark in marks if np.isfinite(known[:, outcomes.column[mark]]).mean() > 0.5]
+    known = np.isfinite(outcomes.scores_NM[np.isfinite(outcomes.end_N)])
+    often = [mark for mark in marks if 2 * known[:, outcomes.column[mark]].sum() > len(known)]
     return [between(outcomes, mark, outcomes.total_images) for mark in thinned(often, MOST_MARKS)]
 
 

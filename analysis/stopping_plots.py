@@ -69,6 +69,7 @@ def correlation_figure(frames: SweepFrames, correlations: Sequence[MarkCorrelati
     figure.add_scatter(
         x=[*x, *reversed(x)],
         y=[*(tau.low for _, tau in points), *(tau.high for _, tau in reversed(points))],
+        mode="lines",
         fill="toself",
         fillcolor=BAND,
         line={"width": 0},

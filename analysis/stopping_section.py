@@ -63,9 +63,13 @@ def stopping_section(
     return {
         "ran": stopping,
         "lead": [
-            *_saved(frames, saved, stopping),
-            *(_cost(outcomes, saved, tops, regret) if stopping else []),
-            *_order(frames, marks),
+            " ".join(sentences)
+            for sentences in (
+                _saved(frames, saved, stopping),
+                _cost(outcomes, saved, tops, regret) if stopping else [],
+                _order(frames, marks),
+            )
+            if sentences
         ],
         "saving": saved,
         "rungs": rungs.to_dict("records"),

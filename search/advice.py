@@ -71,7 +71,8 @@ def advise(frames: SweepFrames, *, shuffles: int = SHUFFLES, seed: int = 0) -> d
             "reason": f"{len(recording.trials)} trials take too long to replay with every report"
         }
     rows = _replayed(recording, settings, min(affordable, GLANCE), seed)
-    if any(row.unknown <= MOST_UNKNOWN for row, _ in rows):  # else more orders tell no more
+    worth_more = any(row.unknown <= MOST_UNKNOWN for row, _ in rows)
+    if worth_more and affordable > GLANCE:
         rows = _replayed(recording, settings, affordable, seed)
     allowed, allowed_by = _allowed(frames, recording)
     recommended, reason = recommended_of([row for row, _ in rows], allowed)

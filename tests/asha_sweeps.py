@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.audit import Outcomes
 from analysis.load import CURVE_COLUMNS, DECISION_COLUMNS, SweepFrames, SweepInfo
 from search.asha import Asha
 
@@ -188,3 +189,21 @@ def frames_of(drawn: DrawnSweep, *, scale: float = 0.05, sign: float = 1.0) -> S
 def altered(frames: SweepFrames, **trial_columns: Any) -> SweepFrames:
     """The same sweep with some columns of its trials put in place of these."""
     return dataclasses.replace(frames, trials=frames.trials.assign(**trial_columns))
+
+
+def outcomes_drawn(drawn: DrawnSweep, *, whole: bool = False) -> Outcomes:
+    """What `outcomes_of` finds in the records of a sweep; `whole`: had nothing been stopped."""
+    known = np.ones(len(drawn.ends), bool) if whole else ~drawn.stopped | drawn.audited_N
+    until = np.where(known, drawn.marks_M[-1], drawn.stopped_at_N)
+    marks = np.array(drawn.marks_M)
+    return Outcomes(
+        number_N=np.arange(len(drawn.ends)),
+        stratum_N=pd.factorize(pd.Series(drawn.strata_N))[0],
+        end_N=np.where(known, drawn.ends, np.nan),
+        stopped_at_N=np.where(drawn.stopped & ~np.array(whole), drawn.stopped_at_N, np.nan),
+        audited_N=drawn.audited_N & ~np.array(whole),
+        scores_NM=np.where(marks[None, :] <= until[:, None], drawn.values_NM, np.nan),
+        marks_M=marks,
+        sign=1.0,
+        total_images=int(marks[-1]),
+    )
