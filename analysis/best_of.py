@@ -21,13 +21,12 @@ best first, and higher is better.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
 from scipy.stats import t as student
 
 Array = NDArray[Any]
@@ -36,7 +35,11 @@ LEVEL = 0.95
 """Of all intervals."""
 LEAST_ERROR = 0.1
 """A bootstrap sample of equal values has no error of its own; it counts as this share of ours."""
-MAX_DRAWS = 500_000
+TINY = 1e-15
+"""As good as nothing, of a weight or of a difference."""
+MIN_PERMUTATIONS = 1_200
+"""So many tell the smallest p that Holm's correction asks of 28 pairs."""
+MAX_DRAWS = 400_000
 """Values drawn for one sample's bootstrap, or one pair's permutations, which bounds the time."""
 
 
@@ -83,12 +86,16 @@ class Difference:
     p: float
 
 
-def draw_weights(total: int, n: int) -> Array:
-    """[total]: probability that the k-th best of all is the best of n drawn without replacement."""
-    k = np.arange(1, total - n + 2)
-    weights = np.zeros(total)
-    weights[: len(k)] = np.exp(_log_choose(total - k, n - 1) - _log_choose(total, n))
-    return weights
+def draw_weights(total: int, n: Any) -> Array:
+    """[total]: probability that the k-th best of all is the best of n drawn without replacement.
+
+    [S, total] for an array of S numbers n.
+    """
+    n = np.asarray(n)[..., None]
+    k = np.arange(1, total)
+    falling = np.maximum(0.0, total - k - n + 1) / (total - k)
+    ones = np.ones((*n.shape[:-1], 1))
+    return np.asarray(n / total * np.cumprod(np.concatenate([ones, falling], -1), -1))
 
 
 def expected_best(sample: Sample, budget: Budget) -> float:
@@ -126,38 +133,35 @@ def difference(
     budget: Budget,
     generator: np.random.Generator,
     *,
-    resamples: int = 1_000,
+    resamples: int = 2_000,
     permutations: int = 2_000,
 ) -> Difference:
-    """How much more the first sample's expected best is, at one budget; needs n < N of both."""
-    (a, a_error), (b, b_error) = _of_one(first, budget), _of_one(second, budget)
-    value, error = a - b, float(np.hypot(a_error, b_error))
-    observed = float(_ratio(np.array([value]), np.array([error]))[0])
-    drawn = [
-        _estimates(*_resampled(each, generator, resamples), budget) for each in (first, second)
-    ]
-    count = min(len(drawn[0][0]), len(drawn[1][0]))
-    (a_S, a_error_S), (b_S, b_error_S) = [(x[:count], e[:count]) for x, e in drawn]
-    studentised = _ratio(
-        a_S - b_S - value, np.maximum(np.hypot(a_error_S, b_error_S), LEAST_ERROR * error)
+    """How much more the first sample's expected best is, at one budget; needs n < N of both.
+
+    Many trials are resampled and permuted less often, though permuted MIN_PERMUTATIONS times;
+    without any permutations p and interval are the bootstrap's alone. Without an error there is
+    no interval: its ends are nan.
+    """
+    value, error = _contrast(*(_of_one(each, budget) for each in (first, second)))
+    observed = float(_ratio(value, error))
+    drawn, errors = _contrast(
+        *(_estimates(*_resampled(each, generator, resamples), budget) for each in (first, second))
     )
-    permuted = np.abs(_permuted(first, second, budget, generator, permutations))
+    bootstrap = _ratio(drawn - value, np.maximum(errors, LEAST_ERROR * error))
+    permuted = np.zeros(0)
+    if permutations:
+        permuted = np.abs(_permuted(first, second, budget, generator, permutations))
     slack = 1e-9 * max(1.0, abs(observed)) if np.isfinite(observed) else 0.0
-    above = (1 + np.sum(studentised >= observed - slack)) / (count + 1)
-    below = (1 + np.sum(studentised <= observed + slack)) / (count + 1)
+    above = (1 + np.sum(bootstrap >= observed - slack)) / (len(bootstrap) + 1)
+    below = (1 + np.sum(bootstrap <= observed + slack)) / (len(bootstrap) + 1)
     alike = (1 + np.sum(permuted >= abs(observed) - slack)) / (len(permuted) + 1)
-    low, high = np.quantile(studentised, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    wide = np.quantile(permuted, LEVEL, method="higher")
-    finite = float(wide) if np.isfinite(wide) else 0.0
-    return Difference(
-        Estimate(
-            value,
-            float(value - max(high, finite) * error),
-            float(value - min(low, -finite) * error),
-            error,
-        ),
-        float(min(1.0, max(alike, 2 * min(above, below)))) if value else 1.0,
-    )
+    p = 2 * min(above, below)
+    p = min(1.0, max(p, alike) if permutations else p) if value else 1.0
+    low, high = np.quantile(bootstrap, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    wide = np.quantile(permuted, LEVEL, method="higher") if permutations else 0.0
+    ends = (value - max(high, wide) * error, value - min(low, -wide) * error)
+    low, high = map(float, ends) if error else (np.nan, np.nan)
+    return Difference(Estimate(float(value), low, high, float(error)), float(p))
 
 
 def probability_better(first: Sample, second: Sample, n: int) -> Estimate:
@@ -168,7 +172,7 @@ def probability_better(first: Sample, second: Sample, n: int) -> Estimate:
     """
     wins = _wins(first, second, draw_weights(len(second), n))
     losses = 1 - _wins(second, first, draw_weights(len(first), n))
-    value = float(draw_weights(len(first), n) @ wins)
+    value = min(1.0, float(draw_weights(len(first), n) @ wins))
     variance, floor = 0.0, 0.0
     for against, total in ((wins, len(first)), (losses, len(second))):
         left_out = _leave_one_out(against[None], draw_weights(total - 1, n)[None])[0]
@@ -219,21 +223,28 @@ def _permuted(
         np.concatenate([first.costs_N, second.costs_N]),
     )
     total, here = len(both), len(first)
-    count = max(400, min(permutations, MAX_DRAWS // total))
+    count = min(permutations, max(MIN_PERMUTATIONS, MAX_DRAWS // total))
     labels_SM = np.tile(np.arange(total) < here, (count, 1))
     labels_SM = generator.permuted(labels_SM, axis=1)
     sides = []
     for of_first, size in ((True, here), (False, total - here)):
         chosen = np.nonzero(labels_SM == of_first)[1].reshape(count, size)
         sides.append(_estimates(both.values_N[chosen], both.costs_N[chosen], budget))
-    (a, a_error), (b, b_error) = sides
-    return _ratio(a - b, np.hypot(a_error, b_error))
+    return _ratio(*_contrast(*sides))
 
 
-def _ratio(differences: Array, errors: Array) -> Array:
+def _contrast(first: tuple[Any, Any], second: tuple[Any, Any]) -> tuple[Any, Any]:
+    """First less second, and the error of that; of as many samples as both have."""
+    (a, a_error), (b, b_error) = first, second
+    count = min(np.size(a), np.size(b))
+    if np.ndim(a):
+        a, a_error, b, b_error = a[:count], a_error[:count], b[:count], b_error[:count]
+    return a - b, np.hypot(a_error, b_error)
+
+
+def _ratio(differences: Any, errors: Any) -> Array:
     """Differences over their errors: nil over nil is nil, and anything else over nil infinite."""
-    scale = np.abs(differences).max(initial=0.0)
-    nil = np.abs(differences) <= 1e-12 * scale
+    nil = np.abs(differences) <= TINY
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(nil, 0.0, differences / errors)
 
@@ -249,45 +260,41 @@ def _estimates(values_SN: Array, costs_SN: Array, budget: Budget, errors: bool =
         assert budget.images is not None
         n_S = np.clip(budget.images / costs_SN.mean(-1), 1, least)
     whole_S = np.minimum(np.floor(n_S).astype(int), max(least - 1, 1))
-    rest_S = n_S - whole_S
-    fractions = bool(rest_S.any())
+    steps = (0, 1) if (n_S > whole_S).any() else (0,)
 
-    def weighed(size: int, more: int) -> Array:
-        return _by_count(lambda n: draw_weights(size, n), whole_S + more)
+    def weights(size: int, more: int) -> Array:
+        """[S, size], or [1, size] where every sample has the same n."""
+        first, last = int(whole_S.min()) + more, int(whole_S.max()) + more
+        table = draw_weights(size, np.arange(first, last + 1))
+        return table if first == last else table[whole_S + more - first]
 
-    at = np.einsum("sn,sn->s", values_SN, np.broadcast_to(weighed(total, 0), values_SN.shape))
-    slope_S = np.zeros(count)
-    if fractions:
-        more = np.broadcast_to(weighed(total, 1), values_SN.shape)
-        slope_S = np.einsum("sn,sn->s", values_SN, more) - at
-    estimates = at + rest_S * slope_S
+    def between(at: Sequence[Array], n: Array, whole: Array) -> Array:
+        return at[0] if len(at) == 1 else at[0] + (n - whole) * (at[1] - at[0])
+
+    at = [(values_SN * weights(total, more)).sum(-1) for more in steps]
+    estimates = between(at, n_S, whole_S)
     if not errors:
         return estimates
-    weights = weighed(total - 1, 0)
-    if fractions:
-        weights = weights + rest_S[:, None] * (weighed(total - 1, 1) - weights)
-    left_out = _leave_one_out(values_SN, weights)
+    n_SN = n_S[:, None]
     if budget.images is not None:  # without a cheap trial the rest are dearer, and buy fewer
         without = (costs_SN.sum(-1, keepdims=True) - costs_SN) / (total - 1)
-        left_out = left_out + slope_S[:, None] * (budget.images / without - n_S[:, None])
+        n_SN = np.clip(budget.images / without, 1, least)
+    at = [_leave_one_out(values_SN, weights(total - 1, more)) for more in steps]
+    left_out = between(at, n_SN, whole_S[:, None])
     spread = left_out - left_out.mean(-1, keepdims=True)
     return estimates, np.sqrt((total - 1) / total * np.einsum("sn,sn->s", spread, spread))
 
 
-def _by_count(weights: Callable[[int], Array], whole_S: Array) -> Array:
-    """[S, N], or [1, N] where every sample has the same n."""
-    least, most = int(whole_S.min()), int(whole_S.max())
-    table = np.stack([weights(n) for n in range(least, most + 1)])
-    return table if least == most else table[whole_S - least]
-
-
 def _leave_one_out(values_SN: Array, weights: Array) -> Array:
-    """[S, N]: weights [S or 1, N - 1] over the values in their order, each value left out once."""
-    nothing = np.zeros((*values_SN.shape[:-1], 1))
-    before = np.concatenate([nothing, np.cumsum(values_SN[..., :-1] * weights, -1)], -1)
-    after = np.cumsum((values_SN[..., 1:] * weights)[..., ::-1], -1)[..., ::-1]
-    return np.asarray(before + np.concatenate([after, nothing], -1))
+    """[S, N]: weights [S or 1, N - 1] over the values in their order, each value left out once.
 
-
-def _log_choose(total: Any, n: Any) -> Any:
-    return gammaln(total + 1) - gammaln(n + 1) - gammaln(total - n + 1)
+    The first few carry nearly all weight: leaving out any other makes no difference to them.
+    """
+    kept = int(np.nonzero((weights > TINY).any(axis=0))[0].max(initial=0)) + 1
+    values, weights = values_SN[..., : kept + 1], weights[..., :kept]
+    nothing = np.zeros((*values.shape[:-1], 1))
+    before = np.concatenate([nothing, np.cumsum(values[..., :-1] * weights, -1)], -1)
+    after = np.cumsum((values[..., 1:] * weights)[..., ::-1], -1)[..., ::-1]
+    left_out = before + np.concatenate([after, nothing], -1)
+    rest = values_SN.shape[-1] - kept - 1
+    return np.concatenate([left_out, np.repeat(before[..., -1:], rest, axis=-1)], -1)

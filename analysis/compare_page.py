@@ -12,6 +12,7 @@ from analysis.compare_plots import differences_figure, expected_best_figure
 from analysis.frames import SweepFrames
 from analysis.levels import SWEEP
 from analysis.page import Figures, render, write_atomic
+from analysis.tables import is_accuracy
 
 
 def compare_section(
@@ -29,6 +30,7 @@ def section_of(comparison: Comparison, figures: Figures, prefix: str) -> dict[st
     return {
         "result": comparison,
         "of": "sweeps" if comparison["field"] == SWEEP else f"levels of {comparison['field']}",
+        "points": is_accuracy(comparison["objective"]),
         "curves": [
             figures.add(f"{prefix}-{by}", expected_best_figure(comparison, by), caption)
             for by, caption in _captions(comparison).items()

@@ -3,9 +3,9 @@
 How a trial counts where levels are compared:
 
 - a completed one with its last value;
-- one that the scheduler stopped with its last value, though never as more than its level's best
-  completed trial: it has no final value, had it been let on it might have gained more, and what
-  it had was reached with fewer images;
+- one that the scheduler stopped with its last value, reached with fewer images, though never as
+  more than the median of its level's completed trials: it has no final value, and whatever that
+  had been, it was not one of those that won;
 - a failed one, or one without a value, with the worst value of any trial compared;
 - one that still runs or that a command stopped not at all, since nothing is known of its end.
 
@@ -235,8 +235,8 @@ def _levels(table: pd.DataFrame, order: Sequence[str], sign: float) -> list[Leve
         best = None if finished.empty else float(finished.max())
         outcomes = None
         if best is not None:
-            counted = value.where(~failed, worst).clip(upper=best)[here]
-            outcomes = Sample.of(counted.to_numpy(), costs[here].to_numpy())
+            counted = value.where(done, value.clip(upper=finished.median())).where(~failed, worst)
+            outcomes = Sample.of(counted[here].to_numpy(), costs[here].clip(lower=1).to_numpy())
         row = None if best is None else table.loc[finished.idxmax()]
         at_mark = early[here.reindex(early.index)].to_numpy()
         found.append(

@@ -77,7 +77,7 @@ def _print(comparison: Comparison) -> None:
         )
     notes.append(
         "Expected best of half of the smallest level's trials, and its 95 % interval; stopped "
-        "trials count with their last value, never above their level's best completed one."
+        "trials count with their last value, never above the median of their level's completed ones."
     )
     for note in notes:
         out_console.print(note, style="dim", soft_wrap=True, markup=False)
