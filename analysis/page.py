@@ -17,17 +17,25 @@ from typing import Any
 
 import jinja2
 import plotly.graph_objects as go
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from analysis.style import theme
-from analysis.words import ENDING_LABELS, format_count, format_duration, format_value
+from analysis.words import (
+    ENDING_LABELS,
+    format_count,
+    format_duration,
+    format_setting,
+    format_value,
+)
 
 
 class Figures:
-    """The figures of one page, by their ids."""
+    """The figures of one page, by their ids, and the tables that the browser shows in parts."""
 
     def __init__(self) -> None:
         self.drawn: dict[str, Any] = {}
+        self.boards: dict[str, Any] = {}
 
     def add(self, key: str, figure: go.Figure, caption: str = "") -> dict[str, Any]:
         """Enter a figure under its id; the answer is what the macro `figure` takes.
@@ -63,14 +71,22 @@ def render(template: str, figures: Figures, **values: Any) -> str:
         "value": format_value,
         "count": format_count,
         "duration": format_duration,
+        "setting": format_setting,
+        "wrapping": wrapping,
     }
     return environment.get_template(template).render(
         figures=embedded(figures.drawn),
+        boards=embedded(figures.boards),
         themes=embedded({"light": theme(dark=False), "dark": theme(dark=True)}),
         plotly_js=get_plotlyjs(),
         labels=ENDING_LABELS,
         **values,
     )
+
+
+def wrapping(name: object) -> Markup:
+    """A name, escaped, that may break after each underscore, so that columns can be narrow."""
+    return Markup("_<wbr>").join(escape(part) for part in str(name).split("_"))
 
 
 def embedded(content: Any) -> str:

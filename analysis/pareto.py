@@ -24,6 +24,7 @@ from analysis.style import (
     objective_title,
 )
 from analysis.tables import trial_params
+from analysis.thinning import thin_dots
 
 
 class ParetoRow(TypedDict):
@@ -37,7 +38,8 @@ class ParetoRow(TypedDict):
 def pareto_rows(frames: SweepFrames) -> list[ParetoRow]:
     """The Pareto set of a sweep of several objectives, best first in the first one; else empty."""
     mode, also = frames.info["mode"], frames.info["also"]
-    front = frames.trials[frames.trials["pareto"]].sort_values("objective", ascending=mode == "min")
+    in_set = frames.trials["pareto"].astype(bool)
+    front = frames.trials[in_set].sort_values("objective", ascending=mode == "min")
     columns = ["objective", *(f"also.{name}" for name in also)]
     return [
         ParetoRow(
@@ -53,7 +55,8 @@ def pareto_figure(frames: SweepFrames) -> go.Figure | None:
     """The first objective of each trial against the second; None if no trial has both.
 
     With two objectives a step line bounds what the Pareto set beats. With more it is drawn
-    without one: what is best in all of them can be beaten in these two.
+    without one: what is best in all of them can be beaten in these two. Of each ending at most
+    MAX_DOTS trials are drawn, and all of the Pareto set.
     """
     info = frames.info
     if not info["also"]:
@@ -63,7 +66,7 @@ def pareto_figure(frames: SweepFrames) -> go.Figure | None:
         {
             "number": frames.trials["number"],
             "group": [group_of(str(ending)) for ending in frames.trials["ending"]],
-            "pareto": frames.trials["pareto"],
+            "pareto": frames.trials["pareto"].astype(bool),
             "samples_seen": frames.trials["samples_seen"],
             "x": finite(frames.trials["objective"]),
             "y": finite(frames.trials[f"also.{second}"]),
@@ -74,7 +77,7 @@ def pareto_figure(frames: SweepFrames) -> go.Figure | None:
     figure = go.Figure()
     names = (info["objective"], second)
     for group in DRAWN_ORDER:
-        rows = points[(points["group"] == group) & ~points["pareto"]]
+        rows = thin_dots(points[(points["group"] == group) & ~points["pareto"]])
         if len(rows):
             label, colour, symbol = ENDING_STYLE[group]
             marker = {"color": colour, "symbol": symbol, "size": 9, "opacity": 0.75}

@@ -13,6 +13,7 @@ from html import escape
 import pandas as pd
 import plotly.graph_objects as go
 
+from analysis.cost import gpus_per_trial
 from analysis.load import SweepFrames
 from analysis.style import (
     BLUE,
@@ -30,31 +31,33 @@ from analysis.style import (
     upper_range,
 )
 from analysis.tables import Axis, best_so_far, default_number, summarise, trial_row
+from analysis.thinning import MAX_CURVES, changes, sample, shares, thin_curve, thin_dots
 
 
 def best_so_far_figure(sweeps: SweepFrames | Sequence[SweepFrames], by: Axis = "time") -> go.Figure:
-    """Best value over wall time or over images spent; one colour a sweep where there are several.
+    """Best value over wall time, images spent or cost; one colour a sweep where there are several.
 
     The line is the best completed trial, the thin one the best report of any trial; dots are
-    the single reports (one sweep only).
+    the single reports (one sweep only, at most MAX_DOTS of them). Cost is the trials' time
+    together, in GPU-hours where every sweep's GPUs a trial are known, else in slot-hours.
     """
     several = [sweeps] if isinstance(sweeps, SweepFrames) else list(sweeps)
     info = several[0].info
     tables = [best_so_far(frames, by) for frames in several]
-    longest = max((table["x"].max() for table in tables if len(table)), default=1.0)
-    divisor, unit = time_unit(longest) if by == "time" else (1.0, "images, all trials together")
+    weights, title, over = _axis(several, tables, by)
     figure = go.Figure()
     for index, (frames, table) in enumerate(zip(several, tables, strict=True)):
         name = escape(frames.info["name"])
-        x = table["x"] / divisor
+        x = table["x"] * weights[index]
         if len(several) == 1:
+            dots = thin_dots(table)
             figure.add_scatter(
-                x=x,
-                y=finite(table["value"]),
+                x=x[dots.index].tolist(),
+                y=finite(dots["value"]).tolist(),
                 mode="markers",
                 marker={"color": GREY, "size": 5, "opacity": 0.55},
                 name="one report",
-                customdata=table["number"],
+                customdata=dots["number"].tolist(),
                 hovertemplate="trial %{customdata}<br>%{y:.4f}<extra></extra>",
             )
         colour = BLUE if len(several) == 1 else SERIES_COLOURS[index % len(SERIES_COLOURS)]
@@ -63,10 +66,11 @@ def best_so_far_figure(sweeps: SweepFrames | Sequence[SweepFrames], by: Axis = "
             ("best", "best report", 1.5, "dot"),
             ("best_completed", "best completed trial", 3, "solid"),
         ):
-            if table[column].notna().any():
+            line = changes(x, table[column])
+            if len(line):
                 figure.add_scatter(
-                    x=x,
-                    y=table[column],
+                    x=line["x"].tolist(),
+                    y=line["y"].tolist(),
                     mode="lines",
                     line={"color": colour, "width": width, "dash": dash, "shape": "hv"},
                     name=prefix + label,
@@ -75,8 +79,6 @@ def best_so_far_figure(sweeps: SweepFrames | Sequence[SweepFrames], by: Axis = "
                 )
     if len(several) == 1:
         _default_line(figure, several[0])
-    over = "wall time" if by == "time" else "images spent"
-    title = f"wall time ({unit})" if by == "time" else unit
     return finish(
         figure,
         title=f"Best so far over {over}",
@@ -87,27 +89,50 @@ def best_so_far_figure(sweeps: SweepFrames | Sequence[SweepFrames], by: Axis = "
     )
 
 
+def _axis(
+    sweeps: Sequence[SweepFrames], tables: Sequence[pd.DataFrame], by: Axis
+) -> tuple[list[float], str, str]:
+    """What each sweep's `x` is multiplied by, the axis title, and what the figure is over."""
+    if by == "images":
+        return [1.0] * len(sweeps), "images, all trials together", "images spent"
+    gpus = [gpus_per_trial(frames) for frames in sweeps]
+    of_gpus = by == "cost" and None not in gpus
+    weights = [each or 1.0 for each in gpus] if of_gpus else [1.0] * len(sweeps)
+    ends = [table["x"].max() * w for table, w in zip(tables, weights, strict=True)]
+    longest = max((float(end) for end in ends if not math.isnan(end)), default=1.0)
+    divisor, unit = time_unit(longest)
+    weights = [weight / divisor for weight in weights]
+    if by == "time":
+        return weights, f"wall time ({unit})", "wall time"
+    what = "GPU" if of_gpus else "slot"
+    return weights, f"{what}-{unit}, all trials together", f"{what} time"
+
+
 def learning_curves(frames: SweepFrames, metric: str | None = None) -> go.Figure:
     """A metric (default: the objective) of every trial over the images it has seen.
 
-    The winner is drawn last and thick; a marker ends each curve and tells how it ended.
+    The winner is drawn last and thick; a marker ends each curve and tells how it ended. Of more
+    than MAX_CURVES trials a seeded sample of each ending is drawn, and the legend says of how
+    many.
     """
     info = frames.info
     metric = metric or info["objective"]
     curves = frames.curves[frames.curves["metric"] == metric]
-    trials = frames.trials.set_index("number")
     winner = summarise(frames)["winner"]
     won = winner["number"] if winner else None
-    groups: dict[str, list[int]] = {group: [] for group in ENDING_STYLE}
-    for number, ending in trials["ending"].items():
-        if number != won and number in set(curves["number"]):
-            groups[group_of(str(ending))].append(int(str(number)))
+    reported = frames.trials[frames.trials["number"].isin(curves["number"].unique())]
+    reported = reported[reported["number"] != won]
+    ending = reported["ending"].map(lambda name: group_of(str(name)))
+    groups = {str(g): rows["number"].tolist() for g, rows in reported.groupby(ending)}
+    few = shares({group: len(numbers) for group, numbers in groups.items()}, MAX_CURVES)
     figure = go.Figure()
     for group in DRAWN_ORDER:
-        if groups[group]:
+        if group in groups:
             label, colour, symbol = ENDING_STYLE[group]
-            count = len(groups[group])
-            _add_curves(figure, curves, groups[group], f"{label} ({count})", colour, symbol, 1.3)
+            numbers = sample(groups[group], few[group])
+            of = f" of {len(groups[group]):,}" if len(numbers) < len(groups[group]) else ""
+            name = f"{label} ({len(numbers)}{of})"
+            _add_curves(figure, curves, numbers, name, colour, symbol, 1.3)
     if won is not None:
         _add_curves(
             figure, curves, [won], f"winner, trial {won}", WINNER_COLOUR, "star", 3.2, size=13
@@ -157,7 +182,7 @@ def _add_curves(
     who: list[int | None] = []
     ends: list[tuple[int, float, int]] = []
     for number, rows in curves[curves["number"].isin(numbers)].groupby("number"):
-        rows = rows.sort_values("samples_seen")
+        rows = thin_curve(rows.sort_values("samples_seen"))
         trial = int(str(number))
         xs += [*rows["samples_seen"].tolist(), None]
         ys += [*finite(rows["value"]).tolist(), None]

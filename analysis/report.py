@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis.board import board_section
+from analysis.cost import cost_of
 from analysis.effect_plots import importance_figure, parameter_figure
 from analysis.effects import Importance, importance
-from analysis.load import BY_COMMAND, FAILED_STATES, SweepFrames, SweepInfo
+from analysis.load import FAILED_STATES, SweepFrames
+from analysis.next_steps import next_steps
 from analysis.page import Figures, render, write_atomic
 from analysis.pareto import pareto_figure, pareto_rows
-from analysis.plots import best_so_far_figure, learning_curves
-from analysis.stopping import rung_table, saving
+from analysis.plots import best_so_far_figure
+from analysis.progress import progress_section
+from analysis.stopping import rung_table
 from analysis.stopping_plots import rung_figure
-from analysis.style import group_of, robust_range
+from analysis.style import SERIES_COLOURS, group_of, outside
+from analysis.summary import gain_at, scheduler, settings, sureness
 from analysis.tables import (
-    Gain,
     default_number,
     is_accuracy,
     leaderboard,
-    leaderboard_rows,
     level_rows,
-    standard_error,
     summarise,
-    trial_params,
     trial_row,
     varying_parameters,
 )
-from analysis.words import ENDING_LABELS, format_count
 
-MAX_ROWS = 100
-"""Leaderboard rows on the page; the CSV holds all."""
+MAX_FAILED = 100
+"""Failed trials in their table; leaderboard.csv holds all."""
 
 
 def write_report(frames: SweepFrames | Sequence[SweepFrames], out_dir: Path) -> Path:
@@ -89,7 +88,7 @@ def render_page(sweeps: Sequence[SweepFrames]) -> str:
         figures,
         title=", ".join(frames.info["name"] for frames in sweeps),
         sections=sections,
-        comparison=_comparison(sweeps, figures) if len(sweeps) > 1 else None,
+        comparison=_comparison(sweeps, sections, figures) if len(sweeps) > 1 else None,
     )
 
 
@@ -98,11 +97,11 @@ def _section(frames: SweepFrames, prefix: str, figures: Figures) -> dict[str, An
     info, trials = frames.info, frames.trials
     summary = summarise(frames)
     standing = summary["winner"] or summary["leading"]
-    rows = leaderboard_rows(frames)
-    default = default_number(frames)
-    results = [importance(frames, "fanova"), importance(frames, "ped_anova")]
+    sure = sureness(frames, summary)
+    cost = cost_of(frames)
+    winner_word = "winner" if info["state"] == "finished" else "winner so far"
     failed = trials[trials["state"].isin(FAILED_STATES)]
-    varying = varying_parameters(frames)
+    results = [importance(frames, "fanova"), importance(frames, "ped_anova")]
     pareto = pareto_figure(frames)
     last = frames.curves["time"].max()
     return {
@@ -112,34 +111,41 @@ def _section(frames: SweepFrames, prefix: str, figures: Figures) -> dict[str, An
         "standing": standing,
         "winner_is_default": standing is not None
         and bool(trial_row(frames, standing["number"])["is_default"]),
-        "winner_word": "winner" if info["state"] == "finished" else "winner so far",
-        "gain_at": _gain_at(summary["gain"]),
-        "gain_is_noise": _within_noise(summary["gain"], info),
+        "winner_word": winner_word,
+        "sure": sure,
+        "cost": cost,
+        "next_steps": next_steps(frames, sure),
+        "gain_at": gain_at(summary["gain"]),
         "accuracy": is_accuracy(info["objective"]),
-        "scheduler": _scheduler(info),
+        "scheduler": scheduler(info),
         "started": f"{info['start']:%Y-%m-%d %H:%M} UTC",
         "last_report": None if pd.isna(last) else f"{last:%Y-%m-%d %H:%M} UTC",
         "total": len(trials),
-        "settings": _settings(frames, standing["number"] if standing else None, default),
-        "default": default,
+        "settings": settings(frames, standing["number"] if standing else None),
+        "default": default_number(frames),
         "parameters": frames.parameters,
-        "varying": varying,
-        "constant": {
-            name: rows[0][name] for name in frames.parameters if rows and name not in varying
-        },
-        "rows": rows[:MAX_ROWS],
+        "varying": varying_parameters(frames),
+        "board": board_section(
+            frames,
+            figures,
+            prefix,
+            winner_word=winner_word,
+            won=summary["winner"] is not None,
+        ),
         "groups": {group_of(str(ending)) for ending in trials["ending"]},
         "pareto": pareto_rows(frames),
         "pareto_figure": pareto and figures.add(f"{prefix}-pareto", pareto),
         "levels": level_rows(frames),
-        "hidden_rows": max(0, len(rows) - MAX_ROWS),
-        "failed": failed[["number", "state", "reason", "samples_seen"]].to_dict("records"),
-        "saving": saving(frames),
+        "failed": failed[["number", "state", "reason", "samples_seen"]]
+        .head(MAX_FAILED)
+        .to_dict("records"),
+        "failed_hidden": max(0, len(failed) - MAX_FAILED),
+        "saving": cost["saving"],
         "rungs": rung_table(frames).to_dict("records"),
         "rung_figure": figures.add(f"{prefix}-rungs", rung_figure(frames))
         if len(frames.decisions)
         else None,
-        "progress": _progress_figures(frames, prefix, figures),
+        "progress": progress_section(frames, figures, prefix),
         "parameter_figures": _parameter_figures(frames, prefix, figures, results[0]),
         "importance": results,
         "importance_figure": figures.add(f"{prefix}-importance", importance_figure(results))
@@ -148,81 +154,6 @@ def _section(frames: SweepFrames, prefix: str, figures: Figures) -> dict[str, An
         "config": info["config"],
         "versions": info["versions"],
     }
-
-
-def _scheduler(info: SweepInfo) -> str:
-    """The scheduler with what was asked of it."""
-    config = info["config"]
-    parts = [info["scheduler"] or "–"]
-    parts += ["promoting"] if config.get("promote") == "True" else []
-    brackets, audit = config.get("brackets", "1"), float(config.get("audit", 0))
-    parts += [f"{brackets} brackets"] if brackets != "1" else []
-    field = config.get("stratify", "None")
-    parts += [f"stratified by {field}"] if field != "None" else []
-    parts += [f"{audit:.0%} audited"] if audit else []
-    return ", ".join(parts)
-
-
-def _gain_at(gain: Gain | None) -> str:
-    """Where the winner and the default were compared, in words; empty at the full resource."""
-    if gain is None or gain["full"]:
-        return ""
-    if gain["default_ending"] in ("pruned", BY_COMMAND):
-        why = f"where the default was {ENDING_LABELS[gain['default_ending']]}"
-    elif gain["default_ending"] in FAILED_STATES:
-        why = "the last report of the default, which failed"
-    else:
-        why = "the furthest that both have reached"
-    return f"at {format_count(gain['mark'])} images, {why}"
-
-
-def _within_noise(gain: Gain | None, info: SweepInfo) -> bool:
-    """Whether a gain is below two standard errors of a difference of two accuracies.
-
-    As of independent ones, though both were measured on the same images: a cautious answer.
-    """
-    if gain is None or not is_accuracy(info["objective"]):
-        return False
-    errors = [standard_error(gain[side], info["val_images"]) for side in ("winner", "default")]
-    known = [error for error in errors if error is not None]
-    return len(known) == 2 and abs(gain["value"]) < 2 * math.hypot(*known)
-
-
-def _settings(frames: SweepFrames, number: int | None, default: int | None) -> list[dict[str, Any]]:
-    """Each searched parameter in the winner and in the default configuration."""
-    ours = {} if number is None else trial_params(frames, number)
-    theirs = {} if default is None else trial_params(frames, default)
-    return [
-        {"name": name, "winner": ours.get(name), "default": theirs.get(name)}
-        for name in frames.parameters
-        if name in ours or name in theirs
-    ]
-
-
-def _progress_figures(frames: SweepFrames, prefix: str, figures: Figures) -> list[dict[str, Any]]:
-    curves = frames.curves[frames.curves["metric"] == frames.info["objective"]]
-    if curves["value"].notna().sum() == 0:
-        return []
-    reports = len(curves)
-    trials = curves["number"].nunique()
-    n = f"n = {reports} reports of {trials} trials."
-    captions = {
-        "time": "Thick: best trial that ran to its full resource. Dotted: best report of any "
-        "trial, at whatever length. Weak reports lie outside the axis. Time counts from the "
-        f"sweep's start, pauses included. {n}",
-        "images": "The same over the work spent: images that all trials together had trained "
-        "on, which does not depend on how many ran at once. Weak reports lie outside here, too. "
-        f"{n}",
-    }
-    found = []
-    for by in ("time", "images"):
-        figure = best_so_far_figure(frames, "time" if by == "time" else "images")
-        found.append(figures.add(f"{prefix}-best-{by}", figure, captions[by]))
-    rungs = " Vertical lines are the rungs." if frames.info["rungs"] else ""
-    caption = f"Each line is a trial; the marker at its end tells how it ended.{rungs} {n}"
-    caption += _outside(frames, curves["value"])
-    found.append(figures.add(f"{prefix}-curves", learning_curves(frames), caption))
-    return found
 
 
 def _parameter_figures(
@@ -237,39 +168,34 @@ def _parameter_figures(
         n = int(drawn.sum())
         if n:
             figure = parameter_figure(frames, name)
-            caption = f"n = {n} trials.{_outside(frames, frames.trials.loc[drawn, 'objective'])}"
+            caption = f"n = {n} trials.{outside(frames, frames.trials.loc[drawn, 'objective'])}"
             found.append(figures.add(f"{prefix}-param-{index}", figure, caption))
     return found
 
 
-def _outside(frames: SweepFrames, values: pd.Series[Any]) -> str:
-    """A sentence on those that the axis of the objective leaves out; empty if there are none."""
-    shown = robust_range([frames])
-    count = 0 if shown is None else int((~values.dropna().between(shown[0], shown[1])).sum())
-    lies = "lies" if count == 1 else "lie"
-    return f" {count} of them, weak ones, {lies} outside the axis." if count else ""
-
-
-def _comparison(sweeps: Sequence[SweepFrames], figures: Figures) -> dict[str, Any]:
+def _comparison(
+    sweeps: Sequence[SweepFrames], sections: Sequence[dict[str, Any]], figures: Figures
+) -> dict[str, Any]:
     """The sweeps side by side; curves only where they measure the same thing."""
     measures = {(f.info["objective"], f.info["mode"], f.info["dataset"]) for f in sweeps}
     same = len(measures) == 1
     return {
         "rows": [
             {
-                "id": f"s{index}",
-                "info": frames.info,
-                "summary": summarise(frames),
-                "saving": saving(frames),
-                "total": len(frames.trials),
+                **{name: s[name] for name in ("id", "info", "summary", "sure", "cost", "total")},
+                "colour": SERIES_COLOURS[index % len(SERIES_COLOURS)] if same else None,
             }
-            for index, frames in enumerate(sweeps)
+            for index, s in enumerate(sections)
         ],
         "same": same,
         "lengths_differ": len({f.info["total_images"] for f in sweeps}) > 1,
         "figures": [
-            figures.add("all-images", best_so_far_figure(sweeps, "images")),
-            figures.add("all-time", best_so_far_figure(sweeps, "time")),
+            figures.add(f"all-{by}", best_so_far_figure(sweeps, by), caption)
+            for by, caption in (
+                ("images", "Thick: best completed trial. Dotted: best report of any trial."),
+                ("time", "The same over each sweep's own time from its start, pauses included."),
+                ("cost", "The same over the time of all trials together."),
+            )
         ]
         if same
         else [],

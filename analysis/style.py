@@ -142,6 +142,14 @@ def robust_range(sweeps: Sequence[SweepFrames]) -> list[float] | None:
     return [low - pad, high + pad]
 
 
+def outside(frames: SweepFrames, values: pd.Series[Any]) -> str:
+    """A sentence on those that the axis of the objective leaves out; empty if there are none."""
+    shown = robust_range([frames])
+    count = 0 if shown is None else int((~values.dropna().between(shown[0], shown[1])).sum())
+    lies = "lies" if count == 1 else "lie"
+    return f" {count:,} of them, weak ones, {lies} outside the axis." if count else ""
+
+
 def upper_range(
     sweeps: Sequence[SweepFrames], tables: Sequence[pd.DataFrame]
 ) -> list[float] | None:

@@ -24,7 +24,7 @@ LEADERBOARD_COLUMNS = (
     *("samples_seen", "epochs", "wall_s", "audited"),
 )
 
-Axis = Literal["time", "images"]
+Axis = Literal["time", "images", "cost"]
 
 
 class Standing(TypedDict):
@@ -82,9 +82,10 @@ def leaderboard(frames: SweepFrames) -> pd.DataFrame:
     `also.NAME`, the further objectives; and `param.NAME`, the searched parameters.
     """
     trials, info = frames.trials, frames.info
+    failed = trials["state"].isin(FAILED_STATES)
     table = trials.assign(
         epochs=trials["samples_seen"] / info["train_images"],
-        tier=[_tier(state) for state in trials["state"]],
+        tier=failed.map({True: 2, False: 1}).where(trials["state"] != "completed", 0),
     )
     table["reached"] = table["mark"].where(table["tier"] > 0, 0)
     table = table.sort_values(
@@ -104,10 +105,17 @@ def leaderboard(frames: SweepFrames) -> pd.DataFrame:
 def leaderboard_rows(frames: SweepFrames, limit: int | None = None) -> list[dict[str, Any]]:
     """The leaderboard as plain Python values (None where missing), parameters without prefix."""
     table = leaderboard(frames).head(limit) if limit is not None else leaderboard(frames)
-    return [
-        {str(name).removeprefix("param."): plain(value) for name, value in row.items()}
-        for row in table.to_dict("records")
-    ]
+    names = [str(name).removeprefix("param.") for name in table.columns]
+    columns = [plain_values(table[name]) for name in table.columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def plain_values(column: pd.Series[Any]) -> list[Any]:
+    """A column as plain Python values, None where missing."""
+    if column.dtype == "object":
+        return [plain(value) for value in column]
+    values = column.astype("object").where(column.notna(), None).tolist()
+    return [plain(value) for value in values] if column.dtype == "category" else values
 
 
 def varying_parameters(frames: SweepFrames) -> list[str]:
@@ -116,7 +124,7 @@ def varying_parameters(frames: SweepFrames) -> list[str]:
     return [
         name
         for name in frames.parameters
-        if not several or frames.trials[f"param.{name}"].map(str).nunique() > 1
+        if not several or frames.trials[f"param.{name}"].astype("object").map(str).nunique() > 1
     ]
 
 
@@ -125,17 +133,21 @@ def best_so_far(frames: SweepFrames, by: Axis = "time") -> pd.DataFrame:
 
     `x` is, by "time", seconds since the sweep's start (pauses between interrupt and resume
     included); by "images", the images that all trials together had trained on up to that
-    report. `best` is over every report so far, `best_completed` over the last values of the
+    report; by "cost", the seconds of one slot that these images took, each trial at its own mean
+    pace. `best` is over every report so far, `best_completed` over the last values of the
     trials that had by then reached their full resource (missing before the first did).
     """
     info = frames.info
     rows = frames.curves[frames.curves["metric"] == info["objective"]]
     rows = rows.sort_values(["time", "number", "samples_seen"], ignore_index=True)
-    if by == "images":
-        x = rows.groupby("number")["samples_seen"].diff().fillna(rows["samples_seen"])
-        x = x.clip(lower=0).cumsum()
-    else:
+    if by == "time":
         x = (rows["time"] - info["start"]).dt.total_seconds()
+    else:
+        done = rows.groupby("number")["samples_seen"].diff().fillna(rows["samples_seen"])
+        done = done.clip(lower=0)
+        if by == "cost":
+            done = done * rows["number"].map(pace_s(frames)).astype("float64")
+        x = done.cumsum()
     completed = frames.trials.loc[frames.trials["state"] == "completed"]
     ends = completed.set_index("number")["samples_seen"]
     final = rows["value"].where(rows["number"].map(ends) == rows["samples_seen"])
@@ -148,6 +160,17 @@ def best_so_far(frames: SweepFrames, by: Axis = "time") -> pd.DataFrame:
             "best_completed": _running_best(final, info["mode"]),
         }
     )
+
+
+def pace_s(frames: SweepFrames) -> pd.Series[Any]:
+    """Seconds of one slot an image, by trial; the median's where a trial's wall is not known.
+
+    All missing where none is known.
+    """
+    trials = frames.trials.set_index("number")
+    seen, wall = trials["samples_seen"].astype("float64"), trials["wall_s"].astype("float64")
+    pace = (wall / seen).where((seen > 0) & (wall > 0) & (wall < math.inf))
+    return pace.fillna(pace.median())
 
 
 def summarise(frames: SweepFrames) -> Summary:
@@ -253,12 +276,6 @@ def default_number(frames: SweepFrames) -> int | None:
     """Number of the trial that ran the default configuration."""
     defaults = frames.trials.loc[frames.trials["is_default"], "number"]
     return None if defaults.empty else int(defaults.iloc[0])
-
-
-def _tier(state: str) -> int:
-    if state == "completed":
-        return 0
-    return 2 if state in FAILED_STATES else 1
 
 
 def _running_best(values: pd.Series[Any], mode: str) -> pd.Series[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from analysis.load import BY_COMMAND, UNFINISHED
 
@@ -31,6 +33,40 @@ def format_value(value: object) -> str:
     if isinstance(value, int):
         return str(value)
     return f"{value:,.0f}" if 1e3 <= abs(value) < math.inf else f"{value:.4g}"
+
+
+def show(value: Any, kind: str) -> str:
+    """A cell of the leaderboard for the eye; tables.js shows the same values in the same way."""
+    if value is None:
+        return "–"
+    if kind == "objective":
+        return f"{value:.4f}"
+    if kind == "epochs":
+        return f"{value:.1f}"
+    if kind == "duration":
+        return format_duration(value)
+    return format_value(value)
+
+
+def format_setting(text: str) -> str:
+    """A recorded configuration value, as Python wrote it, for people: no None, no brackets."""
+    if text in ("None", ""):
+        return "not set"
+    if text in ("True", "False"):
+        return "yes" if text == "True" else "no"
+    if text[0] not in "[{(":
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    if isinstance(value, dict):
+        parts = [f"{key}: {format_setting(str(each))}" for key, each in value.items()]
+    elif isinstance(value, list | tuple | set):
+        parts = [format_setting(str(each)) for each in value]
+    else:
+        return text
+    return ", ".join(parts) if parts else "none"
 
 
 def format_count(value: float) -> str:
