@@ -13,6 +13,7 @@ full resource.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -171,12 +172,12 @@ def hypergeometric_interval(
     """
     from scipy.stats import hypergeom
 
-    counts = np.arange(hits, population - (sample - hits) + 1)
+    counts = range(hits, population - (sample - hits) + 1)
     tail = (1 - confidence) / 2
-    at_least = hypergeom.sf(hits - 1, population, counts, sample)
-    at_most = hypergeom.cdf(hits, population, counts, sample)
-    kept = counts[(at_least > tail) & (at_most > tail)]
-    return int(kept[0]), int(kept[-1])
+    # so many or more become likelier with every hit in the population, so many or fewer less
+    low = bisect_right(counts, tail, key=lambda n: hypergeom.sf(hits - 1, population, n, sample))
+    high = bisect_left(counts, -tail, key=lambda n: -hypergeom.cdf(hits, population, n, sample))
+    return counts[low], counts[high - 1]
 
 
 class Regret(TypedDict):

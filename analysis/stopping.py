@@ -2,8 +2,8 @@
 
 Saved is what the trials that the scheduler stopped had left to their full resource; those that
 failed, still run or were stopped by a user's command would have cost the same without a scheduler
-and count as they are. What stopping *lost* (a stopped trial that would have won) cannot be read
-from these records and is left out.
+and count as they are. What stopping *lost* (a stopped trial that would have won) stands in
+`analysis.audit`.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def rung_table(frames: SweepFrames) -> pd.DataFrame:
     wait = decisions.loc[furthest & decisions["number"].isin(undecided), "number"]
     rungs = sorted({*frames.info["rungs"], *(int(mark) for mark in decisions["mark"])})
     times = frames.curves[frames.curves["metric"] == frames.info["objective"]]
-    when = times.set_index(["number", "samples_seen"])["time"].to_dict()
+    key = ["number", "samples_seen"]
+    times = times[times["number"].isin(decisions["number"])].drop_duplicates(key, keep="last")
+    decisions = decisions.merge(times[[*key, "time"]], on=key, how="left")
     rows: list[dict[str, Any]] = []
     for rung in rungs:
         here = decisions[decisions["mark"] == rung]
-        order = [when.get(key, pd.NaT) for key in zip(here.number, here.samples_seen, strict=True)]
-        cutoffs = here.assign(time=order).sort_values("time")["cutoff"].dropna()
+        cutoffs = here.sort_values("time")["cutoff"].dropna()
         values = here["value"].dropna()
         low, high = (values.min(), values.max()) if len(values) else (None, None)
         waited = trials.loc[(trials["rung"] == rung).fillna(False), "number"]

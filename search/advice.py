@@ -49,6 +49,13 @@ def advise(frames: SweepFrames, *, shuffles: int = SHUFFLES, seed: int = 0) -> d
     from search.replays import recording_of
 
     nothing: dict[str, Any] = {"settings": [], "recommended": None}
+    too_long = nothing | {
+        "reason": f"{len(frames.trials)} trials take too long to replay with every report; "
+        "`contrasweep replay` does"
+    }
+    least = min(shuffles, LEAST_SHUFFLES)
+    if 2 * len(frames.trials) * len(REDUCTIONS) * least > MOST_REPORTS:
+        return too_long
     try:
         recording = recording_of(frames)
     except ValueError:
@@ -66,10 +73,8 @@ def advise(frames: SweepFrames, *, shuffles: int = SHUFFLES, seed: int = 0) -> d
     affordable = min(shuffles, MOST_REPORTS // max(1, reports))
     if not settings:
         return nothing | {"reason": "a trial is too short for a rung before its end"}
-    if affordable < min(shuffles, LEAST_SHUFFLES):
-        return nothing | {
-            "reason": f"{len(recording.trials)} trials take too long to replay with every report"
-        }
+    if affordable < least:
+        return too_long
     rows = _replayed(recording, settings, min(affordable, GLANCE), seed)
     worth_more = any(row.unknown <= MOST_UNKNOWN for row, _ in rows)
     if worth_more and affordable > GLANCE:
@@ -129,7 +134,8 @@ def recommended_of(rows: Sequence[Row], allowed: float) -> tuple[int | None, str
 def _own(frames: SweepFrames, recording: Recording) -> Setting | None:
     """The setting that the sweep itself ran with, if it can be replayed."""
     config = frames.info["config"]
-    if frames.info["scheduler"] != "asha" or "grace" not in config or "reduction" not in config:
+    several = config.get("brackets", "1") != "1"
+    if frames.info["scheduler"] != "asha" or several or not {"grace", "reduction"} <= set(config):
         return None
     return _setting(frames, float(config["grace"]), int(config["reduction"]))
 

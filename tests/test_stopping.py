@@ -201,13 +201,19 @@ def test_a_stratum_is_compared_with_itself():
         *("no finite value", "no decisions"),
     ],
 )
-@pytest.mark.parametrize("rungs", [(1_000, 3_000), ()])
-def test_the_section_takes_whatever_a_sweep_came_to(change, rungs):
-    frames = frames_of(draw_sweep(np.random.default_rng(7), 24, audit=0.5, rungs=rungs))
-    frames = change(frames)
+def test_the_section_takes_whatever_a_sweep_came_to(change):
+    frames = change(frames_of(draw_sweep(np.random.default_rng(7), 24, audit=0.5)))
     section, page = shown(frames, advise(frames, shuffles=1))
     assert section["lead"]
     assert "nan" not in page.lower()
+
+
+@pytest.mark.parametrize("trials", [0, 1])
+def test_so_it_does_without_early_stopping(trials):
+    frames = frames_of(draw_sweep(np.random.default_rng(7), 12, rungs=()))
+    section, page = shown(cut(frames, frames.trials["number"] < trials))
+    assert section["lead"] == ["This sweep ran without early stopping."]
+    assert "<figure" not in page
 
 
 def cut(frames, kept):
