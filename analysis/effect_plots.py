@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.effects import Comparable, Importance, comparable, settings_of
+from analysis.effects import Comparable, Importance, settings_of
 from analysis.load import SweepFrames
 from analysis.scales import Scale, scale_of
 from analysis.slices import Trend, trend
@@ -37,13 +37,10 @@ MAX_POINTS = 500
 MEASURES = {"fanova": "fANOVA: share of variance", "ped_anova": "PED-ANOVA: best tenth"}
 
 
-def parameter_figure(
-    frames: SweepFrames, parameter: str, compared: Comparable | None = None
-) -> go.Figure:
+def parameter_figure(frames: SweepFrames, parameter: str, found: Trend | None = None) -> go.Figure:
     """Last objective of each trial against one parameter, by ending; log axis where searched so.
 
-    The line and its band are the trend over the comparable values (None: `comparable`'s).
-    ValueError for a parameter that was not searched.
+    `found` is a trend to draw beneath. ValueError for a parameter that was not searched.
     """
     if parameter not in frames.parameters:
         known = ", ".join(frames.parameters) or "none"
@@ -53,7 +50,6 @@ def parameter_figure(
     won = winner["number"] if winner else None
     table = thinned(settings_of(frames, parameter), info["mode"])
     figure = go.Figure()
-    found = parameter_trend(frames, scale, compared or comparable(frames))
     if found is not None:
         add_trend(figure, found, scale)
     groups = table["ending"].map(lambda ending: group_of(str(ending)))
@@ -61,9 +57,7 @@ def parameter_figure(
         _add_points(figure, table[(groups == group) & (table["number"] != won)], group, scale)
     _add_points(figure, table[table["number"] == won], "winner", scale)
     if scale.levels is not None:
-        figure.update_xaxes(
-            **scale.ticks(), range=[-0.5, len(scale.levels) - 0.5], showgrid=False
-        )
+        figure.update_xaxes(**scale.ticks(), range=[-0.5, len(scale.levels) - 0.5], showgrid=False)
     elif scale.log:
         settings = [float(value) for value in table["setting"]]
         figure.update_xaxes(type="log", **log_ticks(settings))
@@ -133,7 +127,12 @@ def add_trend(figure: go.Figure, found: Trend, scale: Scale) -> None:
             "width": 9,
         },
         mode="markers",
-        marker={"color": GREY, "symbol": "line-ew", "size": 34, "line": {"color": GREY, "width": 3}},
+        marker={
+            "color": GREY,
+            "symbol": "line-ew",
+            "size": 34,
+            "line": {"color": GREY, "width": 3},
+        },
         name="mean",
         customdata=[
             (int(count), "no interval" if math.isnan(value) else f"± {value:.4f}")
@@ -190,7 +189,9 @@ def importance_figure(results: Sequence[Importance]) -> go.Figure:
         y="",
         height=max(200, 110 + len(order) * (20 + 20 * len(drawn))),
     )
-    figure.update_yaxes(autorange="reversed", type="category", ticks="", showgrid=False)
+    figure.update_yaxes(
+        autorange="reversed", type="category", ticks="", ticklabelstandoff=6, showgrid=False
+    )
     figure.update_xaxes(range=[0, 1.05 * (longest or 1.0)], tickformat=".0%", nticks=6)
     return figure.update_layout(showlegend=len(drawn) > 1, bargap=0.35)
 

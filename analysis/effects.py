@@ -109,7 +109,9 @@ class Comparable:
         """Which trials these are, for a caption."""
         if self.completed:
             return f"the {len(self.values)} completed trials"
-        return f"the {len(self.values)} trials that reached {self.mark:,} images, all at that mark"
+        n = len(self.values)
+        which = "the one trial" if n == 1 else f"the {n} trials"
+        return f"{which} that reached {self.mark:,} images, at that mark"
 
 
 def comparable(frames: SweepFrames) -> Comparable:
@@ -304,12 +306,16 @@ def _measure(
 def _stability(
     evaluator: str, columns: list[_Column], losses: Floats, first: str, resamples: int
 ) -> Stability | None:
-    """Bootstrap of the shares, beside one column dealt anew, a different one each time."""
+    """Bootstrap of the shares, beside a whole column dealt anew, a different one each time.
+
+    None with a single parameter, whose share is all there is.
+    """
     n, rng = len(losses), np.random.default_rng(SEED + 1)
     rows, dealt = [], []
-    for index in range(resamples):
+    whole = [column for column in columns if (column.cells >= 0).all()] or columns
+    for index in range(resamples if len(columns) > 1 else 0):
         order = rng.permutation(n)
-        shadow = columns[index % len(columns)].of(order)
+        shadow = whole[index % len(whole)].of(order)
         counts = np.bincount(rng.integers(0, n, n), minlength=n)
         raw = _measure(evaluator, [*columns, shadow], losses, counts, TREES_A_RESAMPLE, index)
         if raw is not None and raw[:-1].sum() > 0:

@@ -8,18 +8,27 @@ from typing import Any
 import pandas as pd
 
 from analysis.effect_plots import MAX_POINTS, importance_figure, parameter_figure, parameter_trend
-from analysis.effects import Comparable, Importance, comparable, importance, settings_of
+from analysis.effects import (
+    MIN_COMPLETED,
+    Comparable,
+    Importance,
+    comparable,
+    importance,
+    settings_of,
+)
 from analysis.failure_regions import (
     KINDS,
+    LEVEL,
     MIN_FAILURES,
     Association,
     associations,
     failure_figure,
     kinds_of,
+    p_words,
     strongest,
 )
 from analysis.heat_maps import MAX_DOTS, heat_map_figure, pairs, tiles
-from analysis.load import SweepFrames
+from analysis.load import UNFINISHED, SweepFrames
 from analysis.page import Figures
 from analysis.parallel import MAX_LINES, best_trials, parallel_figure
 from analysis.resources import MEMORY, SPEED, usage, usage_figure
@@ -112,21 +121,21 @@ def _importance(
 
 def _stability_sentences(results: Sequence[Importance]) -> list[str]:
     """Which parameter comes first how often, and which cannot be told from none."""
-    first = [
-        f"{stability.first} came first in {stability.first_count} of {stability.resamples} "
-        f"bootstrap samples by {NAMES[result.evaluator]}"
-        for result in results
-        if (stability := result.stability) is not None
-    ]
+    first: dict[str, list[str]] = {}
+    for result in results:
+        if (stability := result.stability) is not None:
+            often = f"in {stability.first_count} of {stability.resamples}"
+            first.setdefault(stability.first, []).append(f"{often} by {NAMES[result.evaluator]}")
     if not first:
         return []
+    told = [f"{name} came first {' and '.join(often)}" for name, often in first.items()]
     below: dict[str, bool] = {}
     for result in results:
         if result.stability is not None:
             for name, (_, middle, _) in result.stability.intervals.items():
                 low = middle <= result.stability.floor
                 below[name] = below.get(name, True) and low
-    sentences = [f"{', '.join(first)}."]
+    sentences = [f"In bootstrap samples of the trials, {'; '.join(told)}."]
     weak = sorted(name for name, low in below.items() if low)
     if weak:
         sentences.append(
@@ -159,7 +168,7 @@ def _slices(
             caption += f" Trend of {trend.n} trials, band: its 95 % interval at each setting."
         else:
             caption += f" Dashes: means of {trend.n} trials with 95 % intervals."
-        figure = parameter_figure(frames, name, compared)
+        figure = parameter_figure(frames, name, trend)
         found.append(figures.add(f"{prefix}-param-{index}", figure, caption))
     return found
 
@@ -169,15 +178,18 @@ def _compared(frames: SweepFrames, compared: Comparable) -> str:
     if compared.values.empty:
         return ""
     stopped = bool((frames.trials["ending"] == "pruned").any())
+    many = (
+        f" A trend is made of {MAX_TREND_TRIALS} of them, drawn at random."
+        if len(compared.values) > MAX_TREND_TRIALS
+        else ""
+    )
     if compared.completed:
         chosen = ", which early stopping has chosen" if stopped else ""
         return (
-            f"Trends, pairs and lines compare the last values of {compared.words()}{chosen}. "
-            f"Of more than {MAX_TREND_TRIALS} trials that many make a trend."
-            if len(compared.values) > MAX_TREND_TRIALS
-            else f"Trends, pairs and lines compare the last values of {compared.words()}{chosen}."
+            f"Trends, pairs and lines compare the last values of {compared.words()}{chosen}.{many}"
         )
-    return f"Trends, pairs and lines compare {compared.words()}: too few completed."
+    few = f"fewer than {MIN_COMPLETED} completed"
+    return f"Trends, pairs and lines compare {compared.words()}: {few}.{many}"
 
 
 def _pairs(
@@ -232,7 +244,7 @@ def _failures(frames: SweepFrames, figures: Figures, prefix: str) -> dict[str, A
     found = associations(frames)
     best = strongest(found)
     n = len(frames.trials)
-    sentence = f"Of {n} trials {told}. "
+    sentence = f"Of {format_count(n)} trials {told}. "
     if best is not None:
         sentence += (
             f"{best.sentence()} The region was chosen on these trials: elsewhere it tells apart "
@@ -241,12 +253,12 @@ def _failures(frames: SweepFrames, figures: Figures, prefix: str) -> dict[str, A
     elif found:
         sentence += (
             "No searched parameter tells where: the smallest p of "
-            f"{found[0].tests} tests is {found[0].p:.2g} after correction."
+            f"{found[0].tests} tests is {found[0].p:.2g}, corrected for their number."
         )
     else:
         sentence += "Nothing can be set against them."
     items = _failure_figures(frames, figures, prefix, kinds, found)
-    shown = max(2, min(MAX_FAILURE_FIGURES, len({f.parameter for f in found if f.p < 0.05})))
+    shown = max(1, min(MAX_FAILURE_FIGURES, len({f.parameter for f in found if f.p < LEVEL})))
     return {"sentence": sentence, "figures": items[:shown], "more": items[shown:]}
 
 
@@ -265,10 +277,12 @@ def _failure_figures(
     for index, (name, p) in enumerate(least.items()):
         figure = failure_figure(frames, name, kinds)
         if figure is not None:
-            n = int(frames.trials[f"param.{name}"].notna().sum())
+            ended = frames.trials["state"] != UNFINISHED
+            n = int((ended & frames.trials[f"param.{name}"].notna()).sum())
             caption = (
-                f"Share of trials that failed, with Wilson's 95 % intervals; n = {n} trials, "
-                f"without those that failed otherwise. p = {p:.2g} after correction."
+                f"Share of trials that failed, with Wilson's 95 % intervals; n = {n} ended trials, "
+                "but for each kind of failure without those that failed in another way. "
+                f"{p_words(p)} after correction."
             )
             items.append(figures.add(f"{prefix}-failed-{index}", figure, caption))
     return items

@@ -59,11 +59,10 @@ class Association:
             who = f"All {self.failures} trials that {told} had"
         else:
             who = f"{self.inside_failures} of {self.failures} trials that {told} had"
-        test = f"p = {self.p:.2g}" if self.p >= 0.001 else "p < 0.001"
         return (
             f"{who} {self.parameter} {self.region}: {self.inside_failures} of {self.inside} trials "
             f"there {told}, {self.failures - self.inside_failures} of {self.outside} elsewhere "
-            f"({test}, corrected for {self.tests} tests)."
+            f"({p_words(self.p)}, corrected for {self.tests} tests)."
         )
 
 
@@ -81,6 +80,10 @@ class Rates:
     trials: Floats
     low: Floats
     high: Floats
+
+
+def p_words(p: float) -> str:
+    return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
 
 
 def kinds_of(frames: SweepFrames) -> dict[str, int]:

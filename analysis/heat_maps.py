@@ -110,6 +110,7 @@ def heat_map_figure(frames: SweepFrames, found: Tiles) -> go.Figure:
             "orientation": "h",
             "thickness": 10,
             "y": 1.0,
+            "ypad": 2,
             "yanchor": "bottom",
             "x": 0.5,
             "len": 1.0,

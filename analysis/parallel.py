@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 import plotly.graph_objects as go
@@ -25,6 +26,8 @@ MIN_LINES = 3
 CLASSES = 8
 """Colours of the lines, one trace each."""
 END_CHARS = 9
+SIDE_PX = 58
+"""Room for the texts of the ends on both sides."""
 
 
 def best_trials(frames: SweepFrames, compared: Comparable) -> Comparable:
@@ -87,19 +90,13 @@ def parallel_figure(
         figure.add_shape(
             type="line", x0=0, x1=1, y0=row, y1=row, line={"color": GREY, "width": 1.5}
         )
-        _label_ends(figure, row, scale)
+        _label(figure, row, scale)
     figure = finish(
         figure, title="The best trials' settings", x="", y="", height=130 + 62 * len(names)
     )
-    figure.update_xaxes(range=[-0.2, 1.2], visible=False)
-    figure.update_yaxes(
-        tickvals=rows,
-        ticktext=[escape(name).replace("_", "_<br>", 1) for name in names],
-        range=[rows[-1] - 0.4, 0.5],
-        showgrid=False,
-        showline=False,
-        ticks="",
-    )
+    figure.update_xaxes(range=[0, 1], visible=False)
+    figure.update_yaxes(range=[rows[-1] - 0.3, 0.6], visible=False)
+    figure.update_layout(margin={"l": SIDE_PX, "r": SIDE_PX})
     return figure.update_layout(showlegend=False)
 
 
@@ -108,8 +105,19 @@ def _fractions(scale: Scale, places: np.ndarray) -> np.ndarray:
     return (places - scale.low) / width if width > 0 else np.where(np.isnan(places), places, 0.5)
 
 
-def _label_ends(figure: go.Figure, row: int, scale: Scale) -> None:
-    """The ends outside the lines, the levels between them above the axis."""
+def _label(figure: go.Figure, row: int, scale: Scale) -> None:
+    """The name above the axis, the ends beside it, the levels between them above it."""
+    figure.add_annotation(
+        x=0,
+        y=row,
+        text=f"<b>{escape(scale.parameter)}</b>",
+        showarrow=False,
+        xref="paper",
+        xanchor="left",
+        xshift=4 - SIDE_PX,
+        yshift=13,
+        font={"size": 12},
+    )
     ends = ((0.0, scale.low, "right", -4, 0), (1.0, scale.high, "left", 4, 0))
     inner = scale.levels[1:-1] if scale.levels and len(scale.levels) <= 5 else ()
     between = [
@@ -150,6 +158,7 @@ def _colour_bar(figure: go.Figure, frames: SweepFrames, low: float, high: float)
                 "orientation": "h",
                 "thickness": 10,
                 "y": 1.0,
+                "ypad": 2,
                 "yanchor": "bottom",
                 "x": 0.5,
                 "len": 1.0,
@@ -163,7 +172,7 @@ def _colour_bar(figure: go.Figure, frames: SweepFrames, low: float, high: float)
 
 def _colour(share: float) -> str:
     """Colour of a share of the way from the worst to the best."""
-    for (start, a), (end, b) in zip(WORST_TO_BEST, WORST_TO_BEST[1:], strict=False):
+    for (start, a), (end, b) in pairwise(WORST_TO_BEST):
         if share <= end:
             part = (share - start) / (end - start)
             mixed = [

@@ -86,7 +86,7 @@ class Scale:
         return f"{self.text(edges[index])} to {self.text(edges[index + 1])}"
 
     def ticks(self) -> dict[str, Any]:
-        """Ticks of a linear axis of places, with escaped texts; empty where plotly's own will do."""
+        """Ticks of a linear axis of places, texts escaped; empty where plotly's own will do."""
         if self.levels is not None:
             return {
                 "tickvals": list(range(len(self.levels))),

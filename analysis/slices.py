@@ -25,7 +25,7 @@ MIN_SETTINGS = 5
 """Different settings that a curve needs."""
 MIN_A_LEVEL = 3
 """Trials that a level's interval needs."""
-MAX_TRIALS = 600
+MAX_TRIALS = 400
 """Of more trials that many are drawn at random: the smoother is a matrix of all pairs."""
 GRID = 41
 WIDTHS = (0.15, 0.22, 0.33, 0.5, 0.8)
@@ -97,13 +97,20 @@ def _smoother(x_N: Floats, places_G: Floats, width: float, degree: int) -> Float
     width_G = np.maximum(width, reach_G)[:, None]
     u_GN = away_GN / width_G
     kernel_GN = np.exp(-0.5 * u_GN**2)
-    powers_PGN = np.stack([u_GN**power for power in range(degree + 1)])
-    weighted_PGN = powers_PGN * kernel_GN
-    moments = np.einsum("pgn,qgn->gpq", weighted_PGN, powers_PGN, optimize=True)
+    sums = []
+    weighted_GN = kernel_GN.copy()
+    for _ in range(2 * degree + 1):
+        sums.append(weighted_GN.sum(axis=1))
+        weighted_GN *= u_GN
+    orders = np.arange(degree + 1)
+    moments = np.stack(sums, axis=1)[:, orders[:, None] + orders[None, :]]
     scale = np.trace(moments, axis1=1, axis2=2)[:, None, None]
     moments = moments + 1e-10 * scale * np.eye(degree + 1)
     first = np.linalg.solve(moments, np.eye(degree + 1)[None, :, :1])[:, :, 0]
-    return np.asarray(np.einsum("gp,pgn->gn", first, weighted_PGN, optimize=True))
+    polynomial_GN = np.zeros_like(u_GN)
+    for power in reversed(range(degree + 1)):
+        polynomial_GN = polynomial_GN * u_GN + first[:, power, None]
+    return np.asarray(kernel_GN * polynomial_GN)
 
 
 def _means(x: Floats, y: Floats, stops: tuple[float, ...], level: float) -> Trend | None:
