@@ -1,7 +1,6 @@
 """Histories of metrics -> curves with the mark of each point, and the decisions at rungs.
 
-A history is one request a trial and metric, so that of `mark` is read only where the marks of a
-trial's reports cannot be told without it.
+The history of `mark` is read only of trials the marks of whose reports cannot be told without it.
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ import numpy as np
 import pandas as pd
 
 from analysis.frames import CURVE_COLUMNS, DECISION_COLUMNS, RUNG_METRICS
-from analysis.store import TAG, Run, json_tag, unclipped
+from analysis.store import TAG, Run, Store, json_tag, unclipped
 
 REPORT = ["number", "samples_seen", "time"]
 """What tells one report from another: two marks within one batch share a step, not a time."""
 
 
-def points_of(client: Any, asked: Iterable[tuple[int, str, str]]) -> pd.DataFrame:
-    """Histories of (number, run, metric), a request each: REPORT, `metric` and `value`."""
+def points_of(store: Store, run_ids: Mapping[int, str], metrics: Iterable[str]) -> pd.DataFrame:
+    """Histories of these metrics of (number -> run): REPORT, `metric` and `value`."""
     numbers, steps, stamps = array("q"), array("q"), array("q")  # a tenth of lists' memory
     values, names = array("d"), []
-    for number, run_id, metric in asked:
-        history = client.get_metric_history(run_id, metric)
-        numbers.extend([number] * len(history))
-        names += [metric] * len(history)
-        steps.extend([point.step for point in history])
-        values.extend([unclipped(point.value) for point in history])
-        stamps.extend([point.timestamp for point in history])
+    for metric in metrics:
+        for number, points in store.histories(run_ids, metric):
+            numbers.extend([number] * len(points))
+            names += [metric] * len(points)
+            steps.extend([step for step, _, _ in points])
+            stamps.extend([stamp for _, stamp, _ in points])
+            values.extend([unclipped(value) for _, _, value in points])
     frame = pd.DataFrame(
         {
             "number": np.array(numbers, dtype="int64"),
@@ -67,14 +66,14 @@ def counted_marks(points: pd.DataFrame, runs: Sequence[Run], marks: Sequence[int
 
 
 def placed(
-    client: Any, run_ids: Mapping[int, str], points: pd.DataFrame, reports: pd.DataFrame
+    store: Store, run_ids: Mapping[int, str], points: pd.DataFrame, reports: pd.DataFrame
 ) -> pd.DataFrame:
     """Points -> curves: each with its mark, from `reports` or else from the history of `mark`."""
     mark = points.merge(reports, how="left", on=REPORT)["mark"].astype("float64")
     unknown = points.loc[mark.isna(), "number"].unique()
     if len(unknown):
-        asked = [(int(number), run_ids[int(number)], "mark") for number in unknown]
-        told = points_of(client, asked).rename(columns={"value": "told"})
+        asked = {int(number): run_ids[int(number)] for number in unknown}
+        told = points_of(store, asked, ["mark"]).rename(columns={"value": "told"})
         mark = mark.fillna(points.merge(told[[*REPORT, "told"]], how="left", on=REPORT)["told"])
     return in_order(points.assign(mark=mark.fillna(points["samples_seen"]).astype("int64")))
 
@@ -85,22 +84,20 @@ def in_order(curves: pd.DataFrame) -> pd.DataFrame:
     return curves.sort_values(order, ignore_index=True)[list(CURVE_COLUMNS)]
 
 
-def decisions_frame(client: Any, runs: Sequence[Run], curves: pd.DataFrame) -> pd.DataFrame:
+def decisions_frame(store: Store, runs: Sequence[Run], curves: pd.DataFrame) -> pd.DataFrame:
     """DECISION_COLUMNS, from the tag `decisions` of each run and, of older records, from metrics.
 
     `curves` are those of the objective.
     """
     rows = [(run.number, *row) for run in runs for row in _decided(run)]
     frame = pd.DataFrame(rows, columns=list(DECISION_COLUMNS))
-    older = [run for run in runs if TAG + "decisions" not in run.tags]
-    asked = [
-        (run.number, run.run_id, metric)
-        for run in older
-        for metric in RUNG_METRICS
-        if "rung_stop" in run.metrics and metric in run.metrics
-    ]
-    if asked:
-        frame = pd.concat([frame, _from_metrics(client, asked, curves)])
+    older = {
+        run.number: run.run_id
+        for run in runs
+        if TAG + "decisions" not in run.tags and "rung_stop" in run.metrics
+    }
+    if older:
+        frame = pd.concat([frame, _from_metrics(store, older, curves)])
     frame = frame.astype(
         {
             **dict.fromkeys(("number", "mark", "samples_seen"), "int64"),
@@ -120,12 +117,10 @@ def _decided(run: Run) -> Iterator[list[Any]]:
         tag = f"decisions.{int(tag.partition('.')[2] or 0) + 1}"
 
 
-def _from_metrics(
-    client: Any, asked: Sequence[tuple[int, str, str]], curves: pd.DataFrame
-) -> pd.DataFrame:
+def _from_metrics(store: Store, run_ids: Mapping[int, str], curves: pd.DataFrame) -> pd.DataFrame:
     """Decisions as they were recorded before there was a tag of them: as metrics at rungs."""
-    run_ids = {number: run_id for number, run_id, _ in asked}
-    points = placed(client, run_ids, points_of(client, asked), curves[[*REPORT, "mark"]])
+    points = points_of(store, run_ids, RUNG_METRICS)
+    points = placed(store, run_ids, points, curves[[*REPORT, "mark"]])
     wide = points.pivot(index=[*REPORT, "mark"], columns="metric", values="value")
     wide = wide.reindex(columns=list(RUNG_METRICS)).dropna(subset="rung_stop").reset_index()
     frame = wide.merge(curves[[*REPORT, "value"]], how="left", on=REPORT)

@@ -1,9 +1,9 @@
 """MLflow -> tidy frames: one sweep as `SweepFrames`. The only reader of the store.
 
 The tags, parameters and metrics read here are the ones that the recorder of sweeps writes:
-one parent run a sweep, one child run a trial, metrics at step = images seen. Only MLflow's
-public client is used; artifacts are not read. A thousand runs at a time come with their tags,
-parameters and last values; a learning curve is one more request a trial and metric.
+one parent run a sweep, one child run a trial, metrics at step = images seen. Artifacts are not
+read. Runs come with their tags, parameters and last values; learning curves beside the
+objective's are read where they are asked for.
 """
 
 from __future__ import annotations
@@ -38,18 +38,7 @@ from analysis.histories import (
     points_of,
     times,
 )
-from analysis.store import (
-    EXPERIMENT,
-    TAG,
-    Run,
-    connect,
-    in_one_line,
-    json_tag,
-    kept,
-    parsed_tag,
-    search,
-    without_credentials,
-)
+from analysis.store import TAG, Run, Store, in_one_line, json_tag, parsed_tag
 
 __all__ = [
     "BY_COMMAND",
@@ -78,29 +67,27 @@ def load_sweep(
 ) -> SweepFrames:
     """Read a sweep by its name; of several with one name the newest, or the one of `sweep_id`.
 
-    The learning curves are those of the objective and of `metrics`, each about a millisecond a
-    trial; the last value of every metric is there without that, in `last`. Raises ValueError, in
+    The learning curves are those of the objective and of `metrics`, each a request a trial over
+    HTTP; the last value of every metric is there without that, in `last`. Raises ValueError, in
     one line, for a store that cannot be read, for a sweep that is not in it and for a metric that
     no trial reported.
     """
-    shown = without_credentials(tracking_uri)
-    client = connect(tracking_uri)
-    with in_one_line(shown):
+    store = Store(tracking_uri)
+    with in_one_line(store.shown):
         try:
-            parent = _find_parent(client, shown, name, sweep_id)
-            info = _sweep_info(parent, shown)
+            parent = _find_parent(store, name, sweep_id)
+            info = _sweep_info(parent, store.shown)
             marks = json_tag(parent.data.tags, "marks", [], parent.info.run_id)
-            found = search(client, [parent.info.experiment_id], "trial", info["sweep_id"])
-            by_number = {run.number: run for run in map(kept, found)}
+            found = store.trials(parent.info.experiment_id, info["sweep_id"])
+            by_number = {run.number: run for run in found}
         except KeyError as error:
             raise ValueError(f"sweep {name!r}: its records lack the tag {error}") from None
         runs = [by_number[number] for number in sorted(by_number)]
         objective = info["objective"]
-        asked = [(run.number, run.run_id, objective) for run in runs if objective in run.metrics]
-        points = points_of(client, asked)
-        run_ids = {run.number: run.run_id for run in runs}
-        curves = placed(client, run_ids, points, counted_marks(points, runs, marks))
-        decisions = decisions_frame(client, runs, curves)
+        reporting = {run.number: run.run_id for run in runs if objective in run.metrics}
+        points = points_of(store, reporting, [objective])
+        curves = placed(store, reporting, points, counted_marks(points, runs, marks))
+        decisions = decisions_frame(store, runs, curves)
     for text in dict.fromkeys(run.tags.get(TAG + "distributions", "{}") for run in runs):
         info["distributions"].update(parsed_tag("distributions", text, info["run_id"]))
     last = _last_frame(runs)
@@ -123,7 +110,8 @@ def with_metrics(
 ) -> SweepFrames:
     """The frames with the learning curves of these metrics, too, read from the store.
 
-    A metric takes about a millisecond a trial; those that are there already are not read again.
+    Over HTTP a metric is a request a trial (some milliseconds), from an SQL store it is read as a
+    whole (ten thousand trials in a second). What is there already is not read again.
     `tracking_uri` is needed where it has a user and a password, which frames do not keep.
     Raises ValueError for a metric that no trial reported; before the first report all are taken.
     """
@@ -137,20 +125,16 @@ def with_metrics(
     missing = [name for name in names if name not in there]
     if not missing or not known:
         return frames
-    uri = tracking_uri or frames.info["tracking_uri"]
-    client = connect(uri)
+    store = Store(tracking_uri or frames.info["tracking_uri"])
     run_ids = dict(zip(frames.trials["number"], frames.trials["run_id"], strict=True))
-    with in_one_line(without_credentials(uri)):
-        asked = [(n, run_id, name) for n, run_id in run_ids.items() for name in missing]
-        reports = frames.curves[[*REPORT, "mark"]].drop_duplicates(REPORT)
-        new = placed(client, run_ids, points_of(client, asked), reports)
+    reports = frames.curves[[*REPORT, "mark"]].drop_duplicates(REPORT)
+    with in_one_line(store.shown):
+        new = placed(store, run_ids, points_of(store, run_ids, missing), reports)
     return dataclasses.replace(frames, curves=in_order(pd.concat([frames.curves, new])))
 
 
-def _find_parent(client: Any, uri: str, name: str, sweep_id: str | None) -> Any:
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    where = [] if experiment is None else [experiment.experiment_id]
-    parents = list(search(client, where, "sweep")) if where else []
+def _find_parent(store: Store, name: str, sweep_id: str | None) -> Any:
+    parents = store.sweeps()
     for parent in parents:  # whatever its folder is called by now
         if sweep_id is not None and parent.data.tags.get(TAG + "sweep_id") == sweep_id:
             return parent
@@ -158,11 +142,11 @@ def _find_parent(client: Any, uri: str, name: str, sweep_id: str | None) -> Any:
     named = [parent for parent in parents if parent.data.tags.get(TAG + "sweep") == name]
     if not named:
         there = f"sweeps there: {', '.join(names)}" if names else "it holds no sweep"
-        raise ValueError(f"no sweep {name!r} in {uri}; {there}")
+        raise ValueError(f"no sweep {name!r} in {store.shown}; {there}")
     if sweep_id is None:
         return named[-1]
     ids = ", ".join(parent.data.tags.get(TAG + "sweep_id", "?") for parent in named)
-    raise ValueError(f"no sweep {name!r} with id {sweep_id!r} in {uri}; ids of that name: {ids}")
+    raise ValueError(f"no sweep {name!r} with id {sweep_id!r} in {store.shown}; ids: {ids}")
 
 
 def _number_tag(tags: Mapping[str, str], tag: str) -> float | None:

@@ -1,4 +1,4 @@
-"""The tracking store: a client that fails fast and in one line, and its runs page by page.
+"""The tracking store: a client that fails fast and in one line, its runs and their histories.
 
 What is kept of a trial's run is a `Run`; its tags are read here, too.
 """
@@ -6,6 +6,7 @@ What is kept of a trial's run is a `Run`; its tags are read here, too.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -13,11 +14,13 @@ import ssl
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from analysis.sql import Point, Tables, tables_of
 
 EXPERIMENT = "contrasweep"
 TAG = "contrasweep."
@@ -106,31 +109,68 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def search(
-    client: Any, experiments: Sequence[str], kind: str, sweep_id: str | None = None
-) -> Iterator[Any]:
-    """Every run of a kind, oldest first, read page by page."""
-    query = f"tags.`{TAG}kind` = '{kind}'"
-    if sweep_id is not None:
-        query += f" and tags.`{TAG}sweep_id` = '{sweep_id}'"
-    token = None
-    while True:
-        page = client.search_runs(
-            list(experiments),
-            filter_string=query,
-            max_results=PAGE_SIZE,
-            order_by=["attributes.start_time ASC"],
-            page_token=token,
-        )
-        yield from page
-        token = page.token
-        if not token:
+class Store:
+    """A tracking store to read from; ValueError, in one line, where it does not answer."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._uri = tracking_uri
+        self.shown = without_credentials(tracking_uri)
+        self.client = connect(tracking_uri)
+
+    @functools.cached_property
+    def _tables(self) -> Tables | None:
+        return None if self._uri.startswith("http") else tables_of(self._uri)
+
+    def sweeps(self) -> list[Any]:
+        """MLflow's runs of all sweeps, oldest first."""
+        experiment = self.client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return []
+        return list(self._search(experiment.experiment_id, {TAG + "kind": "sweep"}))
+
+    def trials(self, experiment_id: str, sweep_id: str) -> Iterator[Run]:
+        """The runs of a sweep's trials, oldest first; KeyError for one without a number."""
+        tags = {TAG + "kind": "trial", TAG + "sweep_id": sweep_id}
+        if self._tables is not None:
+            for row in self._tables.runs(experiment_id, tags):
+                row["metrics"] = {key: unclipped(value) for key, value in row["metrics"].items()}
+                yield Run(number=int(row["tags"][TAG + "number"]), **row)
             return
+        for run in self._search(experiment_id, tags):
+            yield _kept(run)
+
+    def histories(
+        self, run_ids: Mapping[int, str], metric: str
+    ) -> Iterator[tuple[int, list[Point]]]:
+        """(number, points in the order of time) of each trial's run that has any of `metric`."""
+        if self._tables is not None:
+            numbers = {run_id: number for number, run_id in run_ids.items()}
+            for run_id, points in self._tables.histories(numbers, metric):
+                yield numbers[run_id], points
+            return
+        for number, run_id in run_ids.items():
+            history = self.client.get_metric_history(run_id, metric)
+            if history:
+                yield number, [(point.step, point.timestamp, point.value) for point in history]
+
+    def _search(self, experiment_id: str, tags: Mapping[str, str]) -> Iterator[Any]:
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [experiment_id],
+                filter_string=query,
+                max_results=PAGE_SIZE,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
 
 
-def kept(run: Any) -> Run:
-    """A `Run` of MLflow's; KeyError for one without a number."""
-
+def _kept(run: Any) -> Run:
     def shared(texts: Mapping[str, str]) -> dict[str, str]:  # most are the same in every run
         return {sys.intern(key): sys.intern(str(value)) for key, value in texts.items()}
 

@@ -3,19 +3,22 @@ decisions: both are what the journal says."""
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytest
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from analysis.frames import SweepFrames
+import analysis.store as store_module
+from analysis.frames import TABLES, SweepFrames
 from analysis.histories import decisions_frame
 from analysis.load import load_sweep
-from analysis.store import Run
+from analysis.sql import tables_of
+from analysis.store import Run, Store
 from search.journal import FILE_NAME, Journal
 from search.records import TAG_CHARS, decision_tags, milliseconds
 from search.simulate import VirtualClock
@@ -180,27 +183,53 @@ def test_the_frames_are_what_the_journal_says_whichever_way_they_were_recorded(
     as_before_the_tag(client, run_ids, journal.state.reports)
     client.delete_tag(frames.info["run_id"], "contrasweep.marks")
     older = load_sweep(f"sqlite:///{copy}", "ways", metrics="all")
-    for name in ("trials", "curves", "decisions", "last", "fields"):
+    for name in TABLES:
         pd.testing.assert_frame_equal(getattr(older, name), getattr(frames, name))
 
 
 def test_marks_are_counted_unless_a_report_lacks_its_objective(
     sweep: tuple[str, Journal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str]] = []
-    read = MlflowClient.get_metric_history
+    asked: dict[str, list[int]] = {}
+    read = Store.histories
 
-    def noted(client: MlflowClient, run_id: str, key: str) -> Any:
-        asked.append((run_id, key))
-        return read(client, run_id, key)
+    def noted(store: Store, run_ids: dict[int, str], metric: str) -> Any:
+        asked[metric] = sorted(run_ids)
+        return read(store, run_ids, metric)
 
-    monkeypatch.setattr(MlflowClient, "get_metric_history", noted)
-    frames = load_sweep(sweep[0], "ways")
-    trials = frames.trials.set_index("run_id")["number"]
-    by_key = {
-        key: sorted(trials[run_id] for run_id, name in asked if name == key) for _, key in asked
-    }
-    assert by_key == {"knn_top1": [0, 1, 2, 3, 4, 5], "mark": [2, 5]}
+    monkeypatch.setattr(Store, "histories", noted)
+    load_sweep(sweep[0], "ways")
+    assert asked == {"knn_top1": [0, 1, 2, 3, 4, 5], "mark": [2, 5]}
+
+
+def test_the_client_and_the_tables_of_a_store_tell_the_same(
+    sweep: tuple[str, Journal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_table = load_sweep(sweep[0], "ways", metrics="all")
+    client = MlflowClient(sweep[0])
+    deleted = by_table.trials["run_id"].iloc[-1]
+    monkeypatch.setattr(store_module, "tables_of", lambda uri: None)
+    by_client = load_sweep(sweep[0], "ways", metrics="all")
+    assert by_client.info == by_table.info
+    for name in TABLES:
+        pd.testing.assert_frame_equal(getattr(by_client, name), getattr(by_table, name))
+    client.delete_run(deleted)
+    without = load_sweep(sweep[0], "ways")
+    monkeypatch.undo()
+    pd.testing.assert_frame_equal(load_sweep(sweep[0], "ways").trials, without.trials)
+    client.restore_run(deleted)
+    assert len(without.trials) == len(by_table.trials) - 1
+
+
+def test_other_tables_than_the_known_are_not_read(
+    sweep: tuple[str, Journal], tmp_path: Path
+) -> None:
+    assert tables_of(sweep[0]) is not None
+    copy = tmp_path / "other.db"
+    shutil.copy(sweep[0].removeprefix("sqlite:///"), copy)
+    with sqlite3.connect(copy) as connection:
+        connection.execute("ALTER TABLE latest_metrics RENAME COLUMN is_nan TO nan")
+    assert tables_of(f"sqlite:///{copy}") is None
 
 
 def trial_with(rungs: int) -> TrialState:
@@ -230,7 +259,7 @@ def test_many_decisions_go_on_in_further_tags(rungs: int) -> None:
     assert len(tags) == (rungs and 1 + sum(map(len, tags.values())) // TAG_CHARS)
     prefixed = {f"contrasweep.{key}": text for key, text in tags.items()}
     run = Run(5, "id", None, None, prefixed, {}, {})
-    frame = decisions_frame(None, [run], pd.DataFrame())
+    frame = decisions_frame(cast(Store, None), [run], pd.DataFrame())
     assert frame["mark"].tolist() == list(range(1, rungs + 1))
     assert frame["value"].isna().tolist() == [mark % 3 == 0 for mark in range(1, rungs + 1)]
     assert frame["stop"].sum() == min(rungs, 1)

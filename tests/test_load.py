@@ -4,21 +4,22 @@ import json
 import math
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from mlflow import MlflowClient
 
+from analysis.frames import TABLES
 from analysis.load import (
     CURVE_COLUMNS,
     DECISION_COLUMNS,
+    RUNG_METRICS,
     TRIAL_COLUMNS,
     load_sweep,
     load_sweeps,
     with_metrics,
 )
+from analysis.store import Store
 
 
 def test_info_is_typed(recorded):
@@ -85,26 +86,22 @@ def test_decisions_are_one_row_a_rung_reached(recorded):
 
 
 def test_of_histories_only_those_asked_for_are_read(sweep_store, monkeypatch):
-    asked = []
-    read = MlflowClient.get_metric_history
+    asked = {}
+    read = Store.histories
 
-    def noted(client, run_id, key):
-        asked.append((run_id, key))
-        return read(client, run_id, key)
+    def noted(store, run_ids, metric):
+        asked[metric] = len(run_ids)
+        return read(store, run_ids, metric)
 
-    monkeypatch.setattr(MlflowClient, "get_metric_history", noted)
+    monkeypatch.setattr(Store, "histories", noted)
     frames = load_sweep(sweep_store, "planted")
     assert set(frames.curves["metric"]) == {"knn_top1"}
     reporting = len(frames.trials) - 1  # trial 12 ran out of memory before its first report
     decided = 11  # whose decisions are metrics, as in records from before the tag
-    counts = Counter(key for _, key in asked)
-    assert counts == {
-        "knn_top1": reporting,
-        **dict.fromkeys(("rung_stop", "rung_competitors", "rung_cutoff"), decided),
-    }
+    assert asked == {"knn_top1": reporting, **dict.fromkeys(RUNG_METRICS, decided)}
     asked.clear()
     more = with_metrics(frames, ["train_loss"])
-    assert Counter(key for _, key in asked) == {"train_loss": len(frames.trials)}
+    assert asked == {"train_loss": len(frames.trials)}
     assert set(more.curves["metric"]) == {"knn_top1", "train_loss"}
     asked.clear()
     assert with_metrics(more, ["train_loss", "knn_top1"]) is more
@@ -139,6 +136,17 @@ def test_infinities_come_back_from_an_sql_store(sweep_store, record_sweep, fake_
     frames = load_sweep(sweep_store, "infinite")
     values = frames.curves[frames.curves["metric"] == "knn_top1"].sort_values("mark")["value"]
     assert values.tolist() == [0.1, math.inf]
+
+
+def test_the_client_reads_what_the_tables_hold(sweep_store, record_sweep, fake_trial, monkeypatch):
+    values = [0.1, math.inf, -math.inf, math.nan]
+    record_sweep("no numbers", [fake_trial(0, None, {"lr": 1e-3}, values)])
+    by_table = load_sweeps(sweep_store, ["planted", "no numbers"], metrics="all")
+    monkeypatch.setattr("analysis.store.tables_of", lambda uri: None)
+    by_client = load_sweeps(sweep_store, ["planted", "no numbers"], metrics="all")
+    for one, other in zip(by_table, by_client, strict=True):
+        for name in TABLES:
+            pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name))
 
 
 def test_a_sweep_without_trials_has_empty_frames(sweep_store, record_sweep):
