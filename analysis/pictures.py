@@ -20,7 +20,7 @@ from analysis.artifacts import (
     sheet_size,
 )
 from analysis.page import Figures
-from analysis.style import SERIES_COLOURS, finish
+from analysis.style import BLUE, GREY, ORANGE, SERIES_COLOURS, finish
 
 __all__ = ["SweepPictures", "load_pictures", "map_figure", "pictures_section"]
 
@@ -30,6 +30,10 @@ SYMBOLS = (
     *("triangle-down", "star", "x", "pentagon", "hexagram"),
 )
 """One for each named class; of the five colours two classes share each."""
+RAMP = [[0.0, BLUE], [0.5, GREY], [1.0, ORANGE]]
+"""Of the classes without a name, by their numbers; no end of it vanishes in the dark."""
+LEGEND_CHARACTERS = 14
+"""Two columns of the legend fit a telephone."""
 PIXELATED_BELOW = 64
 """Side of images (pixels) whose thumbnails are enlarged, and are to keep their edges."""
 METHODS = {"pca": "PCA", "umap": "UMAP"}
@@ -88,13 +92,13 @@ def map_figure(found: FeatureMap, maps: FeatureMaps, about: About) -> go.Figure:
         if others:
             labels = [maps.labels[row] for row in others]
             trace = _markers(found, others, "other classes", labels)
-            trace.marker.update({"colorscale": "Viridis", "opacity": 0.55, "size": 5})
+            trace.marker.update({"colorscale": RAMP, "opacity": 0.5, "size": 5})
             trace.update(text=[escape(_short(maps.classes[label])) for label in labels])
             trace.update(hovertemplate="%{text}<extra></extra>")
             figure.add_trace(trace)
         for place, label in enumerate(sorted(frequent)):
             colour = SERIES_COLOURS[place % len(SERIES_COLOURS)]
-            name = escape(_short(maps.classes[label]))
+            name = maps.classes[label]
             figure.add_trace(_markers(found, rows[label], name, colour, SYMBOLS[place]))
     method = METHODS[found.method]
     x, y = (
@@ -103,9 +107,10 @@ def map_figure(found: FeatureMap, maps: FeatureMaps, about: About) -> go.Figure:
         for axis in (0, 1)
     )
     finish(figure, title=f"Features of trial {about.trial}, {method}", x=x, y=y, height=440)
-    figure.update_layout(showlegend=maps.labels is not None)
-    figure.update_yaxes(scaleanchor="x", constrain="domain")
-    figure.update_xaxes(constrain="domain")
+    figure.update_layout(
+        showlegend=maps.labels is not None, legend={"font": {"size": 11}, "itemwidth": 30}
+    )
+    figure.update_yaxes(scaleanchor="x")  # distances mean the same either way
     return figure
 
 
@@ -116,9 +121,9 @@ def _markers(
         x=[found.x[row] for row in rows],
         y=[found.y[row] for row in rows],
         mode="markers",
-        name=name,
+        name=escape(_short(name, LEGEND_CHARACTERS)),
         marker={"color": colour, "symbol": symbol, "size": 7, "opacity": 0.8},
-        hovertemplate=f"{name}<extra></extra>",
+        hovertemplate=f"{escape(_short(name))}<extra></extra>",
     )
 
 
@@ -211,5 +216,5 @@ def _neighbours_in_words(found: Neighbours) -> str:
     return f"In each row a validation image, then its nearest neighbours. {'; '.join(lines)}"
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"
+def _short(name: str, most: int = 40) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
