@@ -199,7 +199,7 @@ def _length(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
         yield Step(
             action="Train longer: give each trial more epochs.",
             reason=f"The best {len(rise)} completed trials still gained "
-            f"{format_value(float(rise.mean()))} on average between "
+            f"{rise.mean():.2g} on average between "
             f"{format_count(early[-1])} and {format_count(last)} images"
             + (", before the rate was cooled down." if cooled else "."),
             weight=65.0,
@@ -221,7 +221,7 @@ def _more_trials(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
         yield Step(
             action="Run more trials of this kind.",
             reason=f"The best one ended as number {place} of {len(values)} completed trials, "
-            f"{format_value(float(gained))} better than the best of the first three quarters: "
+            f"{gained:.2g} better than the best of the first three quarters: "
             "the search was still improving.",
             weight=68.0,
         )

@@ -117,6 +117,7 @@ def _add(
         x=rows["x"],
         y=rows["y"],
         customdata=rows[["number", "samples_seen"]].to_numpy().tolist(),
+        meta=["trial", "images"],
         name=label,
         hovertemplate="trial %{customdata[0]}, "
         + label

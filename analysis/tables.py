@@ -77,7 +77,7 @@ def standard_error(value: float, images: int | None) -> float | None:
 def leaderboard(frames: SweepFrames) -> pd.DataFrame:
     """LEADERBOARD_COLUMNS and further ones, one row a trial, best first.
 
-    `rank` is missing for failed trials and those without a value; `epochs` are
+    `rank` is missing for failed trials and those without a finite value; `epochs` are
     samples_seen / train images. Further columns are `bracket`, of a sweep with more than one;
     `also.NAME`, the further objectives; and `param.NAME`, the searched parameters.
     """
@@ -88,13 +88,14 @@ def leaderboard(frames: SweepFrames) -> pd.DataFrame:
         tier=failed.map({True: 2, False: 1}).where(trials["state"] != "completed", 0),
     )
     table["reached"] = table["mark"].where(table["tier"] > 0, 0)
+    table["known"] = table["objective"].where(table["objective"].abs() < math.inf)
     table = table.sort_values(
-        ["tier", "reached", "objective", "number"],
+        ["tier", "reached", "known", "number"],
         ascending=[True, False, info["mode"] == "min", True],
         na_position="last",
         ignore_index=True,
     )
-    ranked = (table["tier"] < 2) & table["objective"].notna()
+    ranked = (table["tier"] < 2) & table["known"].notna()
     table["rank"] = ranked.cumsum().where(ranked).astype("Int64")
     bracket = ["bracket"] if info["config"].get("brackets", "1") != "1" else []
     also = [f"also.{name}" for name in info["also"]]

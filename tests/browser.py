@@ -40,8 +40,10 @@ class Browser:
         # pipes may have got these very numbers
         command = f'exec 8<&{their_in} 9>&{their_out}; exec "$@" 3<&8 4>&9'
         self._process = subprocess.Popen(
-            ["bash", "-c", command, "sh", executable, *FLAGS, f"--user-data-dir={profile}"]
-            + ["--remote-debugging-pipe", "about:blank"],
+            [
+                *("bash", "-c", command, "sh", executable, *FLAGS, f"--user-data-dir={profile}"),
+                *("--remote-debugging-pipe", "about:blank"),
+            ],
             pass_fds=(their_in, their_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -25,7 +25,8 @@ class Markup(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self._in = tag
+        if tag != "wbr":  # a name may break there, and has no end
+            self._in = tag
         if tag == "script":
             self.scripts.append("")
         if tag == "table":
@@ -46,6 +47,10 @@ class Markup(HTMLParser):
 
     def figures(self) -> dict:
         return json.loads(self.scripts[0])
+
+    def boards(self) -> dict:
+        """The leaderboards as the browser gets them, by id."""
+        return json.loads(self.scripts[2])
 
 
 def read(sweep_store: str, name: str, folder: Path) -> Markup:

@@ -56,13 +56,13 @@ def test_the_page_needs_no_network(markup):
 
 
 def test_plotly_is_inlined_once_and_every_figure_has_its_place(page, markup):
-    assert len(markup.scripts) == 4
+    assert len(markup.scripts) == 5
     assert len(re.findall(r"\* plotly\.js v", page)) == 1
     ids = {value for _, name, value in markup.attributes if name == "id"}
     figures = markup.figures()
     assert set(figures) <= ids
     places = [v for _, n, v in markup.attributes if n == "class" and v == "plot"]
-    assert len(places) == len(figures) == 3 + 5 + 1 + 1
+    assert len(places) == len(figures) == 4 + 5 + 1 + 1
     assert all(figure["data"] for figure in figures.values())
 
 
@@ -89,7 +89,7 @@ def test_hostile_names_stay_text_everywhere(sweep_store, record_sweep, fake_tria
     record_sweep(name, trials, ranges=ranges, tags={"dataset": hostile, "version.x": hostile})
     markup = read(sweep_store, name, tmp_path)
     assert "img" not in markup.tags
-    assert len(markup.scripts) == 4
+    assert len(markup.scripts) == 5
     titles = json.dumps([figure["layout"] for figure in markup.figures().values()])
     assert "<img" not in titles  # plotly reads HTML in its texts
     assert "&lt;img" in titles
@@ -116,7 +116,7 @@ def test_several_sweeps_are_compared(recorded, tmp_path):
     assert "Comparison" in markup.text
     assert markup.text.count("Configuration and versions") == 2
     figures = markup.figures()
-    assert len(figures) == 2 * 10 + 2
+    assert len(figures) == 2 * 11 + 3
     names = {trace["name"] for trace in figures["all-images"]["data"]}
     assert {"planted: best report", "other: best completed trial"} <= names
 
@@ -170,7 +170,7 @@ def test_a_sweep_without_stopping_and_with_one_parameter(
     markup = read(sweep_store, "simple", tmp_path)
     assert "ran without early stopping" in markup.text
     assert "needs 10 trials" in markup.text
-    assert len(markup.figures()) == 4
+    assert len(markup.figures()) == 5
 
 
 def test_a_small_gain_is_called_chance(sweep_store, record_sweep, fake_trial, tmp_path):
@@ -328,10 +328,10 @@ def test_what_tells_trials_apart_stands_first_in_the_leaderboard(
     record_sweep("constant", trials)
     markup = read(sweep_store, "constant", tmp_path)
     assert headings(markup, 1) == [
-        *("trial", "state", "knn_top1", "lr", "rank", "epochs", "images", "wall"),
+        *("trial", "state", "knn_top1", "lr", "rank", "epochs", "wall"),
     ]
     assert "The same in every trial: batch_size 64." in markup.text
-    assert ("div", "class", "box board") in markup.attributes
+    assert ("div", "class", "board") in markup.attributes
     page = (tmp_path / "index.html").read_text("utf-8")
     assert ".board td:first-child { position: sticky; left: 0;" in page
     record_sweep("constant alone", trials[:1])

@@ -91,7 +91,8 @@
     var axis = layout[(name || letter).replace(/^([xyz])/, "$1axis")];
     return axis && axis.title && axis.title.text ? plain(axis.title.text) : letter;
   }
-  function extra(trace, count) {  // what the hover text calls a trial is one
+  // customdata, named by the trace's meta; what the hover text calls a trial is one
+  function extra(trace, count) {
     var data = values(trace.customdata);
     if (data.length !== count || !data.length) return [];
     var width = Array.isArray(data[0]) ? data[0].length : 1;
@@ -99,7 +100,8 @@
     for (var i = 0; i < width; i++) {
       var place = width > 1 || Array.isArray(data[0]) ? "%{customdata[" + i + "]" : "%{customdata";
       var isTrial = (trace.hovertemplate || "").indexOf("trial " + place) >= 0;
-      names.push({name: isTrial ? "trial" : "detail " + (i + 1), pick: pickAt(data, i)});
+      var told = Array.isArray(trace.meta) && trace.meta[i];
+      names.push({name: told || (isTrial ? "trial" : "detail " + (i + 1)), pick: pickAt(data, i)});
     }
     return names;
   }

@@ -130,7 +130,8 @@
     function apply() {
       var wanted = filter.value.trim().toLowerCase();
       shown = !wanted ? sorted : sorted.filter(function (row) {
-        return /^\d+$/.test(wanted) ? String(data.cells[0][row]) === wanted : words(row).toLowerCase().indexOf(wanted) >= 0;
+        return /^\d+$/.test(wanted) ? String(data.cells[0][row]) === wanted :
+          (words(row) + " " + data.cells[states][row]).toLowerCase().indexOf(wanted) >= 0;
       });
       page = 0;
       render();
