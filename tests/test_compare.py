@@ -296,14 +296,14 @@ def verdict(trials: list[Trial], **more: Any) -> Comparison:
 def test_a_large_difference_is_shown() -> None:
     found = verdict([*normal("a", 0.9, 20, 1), *normal("b", 0.7, 20, 2)])
     (pair,) = found["pairs"]
-    assert (pair["first"], pair["result"], pair["n"]) == ("a", "better", 10)
+    assert (pair["first"], pair["result"], pair["n"]) == ("a", "better", 6)
     assert pair["difference"] is not None
     low, high = pair["difference"]["low"], pair["difference"]["high"]
     assert low is not None
     assert high is not None
     assert 0.15 < low < 0.2 < high < 0.25
     assert found["verdict"].startswith("a beats b by ")
-    assert "points at 10 trials each (95 % interval " in found["verdict"]
+    assert "points at 6 trials each (95 % interval " in found["verdict"]
     assert pair["probability"] is not None
     assert pair["probability"]["value"] == pytest.approx(1)
     assert (pair["trials_needed"], pair["beyond"]) == (None, False)
@@ -392,8 +392,8 @@ SAID = {
     "few trials a level": "3 and 3 trials are too few to show any difference.",
     "all failed": "a and b are not compared: no trial of a and b was completed.",
     "one level failed": "a and b are not compared: no trial of b was completed.",
-    "all equal": "their expected best at 4 trials each is the same (p = 1).",
-    "equal within levels": "a beats b by 10.0 points at 4 trials each (p < 0.001)",
+    "all equal": "their expected best at 2 trials each is the same (p = 1).",
+    "equal within levels": "a beats b by 10.0 points at 2 trials each (p < 0.001)",
 }
 
 
