@@ -7,6 +7,7 @@ contrast on white as well as on the dark background.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from html import escape
@@ -76,6 +77,12 @@ def theme(dark: bool) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _light() -> go.layout.Template:
+    """The light theme as plotly's object, which takes a tenth of a second to make from a dict."""
+    return go.layout.Template({"layout": theme(dark=False)})
+
+
 def group_of(ending: str) -> str:
     """The key of ENDING_STYLE: all that failed look alike."""
     if ending in FAILED_STATES:
@@ -95,7 +102,7 @@ def finish(
 ) -> go.Figure:
     """Titles with units, range and template, the same for every figure."""
     figure.update_layout(
-        template={"layout": theme(dark=False)},
+        template=_light(),
         title={"text": title},
         height=height,
         margin={"l": 10, "r": 14, "t": 56, "b": 10},
