@@ -28,7 +28,7 @@ from analysis.fanova import (
     ped_anova_divergence,
 )
 from analysis.load import BY_COMMAND, FAILED_STATES, UNFINISHED, SweepFrames
-from analysis.scales import Floats, distributions, is_categorical, is_log
+from analysis.scales import Floats, distribution_of, is_categorical, is_log
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -241,17 +241,17 @@ def _columns(
     The default configuration is run whether or not the space contains it.
     """
     trials = frames.trials.set_index("number").loc[numbers]
-    known = distributions(frames)
     inside, drawn_any = np.ones(len(numbers), dtype=bool), np.zeros(len(numbers), dtype=bool)
     columns = []
     for name in frames.parameters:
-        if name not in known:
+        known = distribution_of(frames, name)
+        if known is None:
             continue
         drawn = trials[f"param.{name}"].notna().to_numpy(dtype=bool)
-        column = _column(name, known[name], trials[f"param.{name}"], drawn)
+        column = _column(name, known, trials[f"param.{name}"], drawn)
         inside &= ~drawn | ~np.isnan(column.units)
         drawn_any |= drawn
-        if not known[name].single():
+        if not known.single():
             columns.append(column)
     return columns, inside & drawn_any
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
-
 from analysis.effect_plots import MAX_POINTS, importance_figure, parameter_figure, parameter_trend
 from analysis.effects import (
     MIN_COMPLETED,
@@ -34,7 +32,7 @@ from analysis.parallel import MAX_LINES, best_trials, parallel_figure
 from analysis.resources import MEMORY, SPEED, usage, usage_figure
 from analysis.scales import scale_of
 from analysis.slices import MAX_TRIALS as MAX_TREND_TRIALS
-from analysis.style import group_of, robust_range
+from analysis.style import group_of, outside
 from analysis.words import format_count
 
 MAX_SHOWN = 6
@@ -68,14 +66,6 @@ def by_importance(frames: SweepFrames, results: Sequence[Importance]) -> list[st
     shares = next((result.shares for result in results if result.shares), {})
     order = {name: rank for rank, name in enumerate(shares or {})}
     return sorted(frames.parameters, key=lambda name: (order.get(name, len(order)), name))
-
-
-def outside(frames: SweepFrames, values: pd.Series[Any]) -> str:
-    """A sentence on those that the axis of the objective leaves out; empty if there are none."""
-    shown = robust_range([frames])
-    count = 0 if shown is None else int((~values.dropna().between(shown[0], shown[1])).sum())
-    lies = "lies" if count == 1 else "lie"
-    return f" {count} of them, weak ones, {lies} outside the axis." if count else ""
 
 
 def _importance(

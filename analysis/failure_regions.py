@@ -99,7 +99,7 @@ def associations(frames: SweepFrames) -> list[Association]:
     """
     found: list[Association] = []
     tests = 0
-    for kind in KINDS:
+    for kind in kinds_of(frames):
         risk, failed = _at_risk(frames, kind)
         if failed.sum() < MIN_FAILURES or (~failed).sum() < MIN_FAILURES:
             continue

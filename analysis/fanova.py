@@ -54,20 +54,25 @@ def fanova_variances(
         model.fit(units32_ND[kept], values_N[kept], bag_N[kept], check_input=False)
         if model.tree_.node_count > 1:
             grown.append(model.tree_)
-    if not grown:
+    return forest_variances(grown, units_ND.shape[1])
+
+
+def forest_variances(trees: Sequence[Any], width: int) -> Floats | None:
+    """The same of a grown forest, scikit-learn's trees over [0, 1] in each of `width` columns."""
+    if not trees:
         return None
-    low_LD, high_LD, value_L, tree_L = _leaves(grown, units_ND.shape[1])
+    low_LD, high_LD, value_L, tree_L = _leaves(trees, width)
     volume_L = (high_LD - low_LD).prod(axis=1)
     mean_T = np.bincount(tree_L, volume_L * value_L)
-    total_T = np.bincount(tree_L, volume_L * (value_L - mean_T[tree_L]) ** 2)
+    centred_L = value_L - mean_T[tree_L]
+    total_T = np.bincount(tree_L, volume_L * centred_L**2)
     varied = total_T > 0
     if not varied.any():
         return None
-    centred_L = value_L - mean_T[tree_L]
     shares = []
-    for d in range(units_ND.shape[1]):
+    for d in range(width):
         variance_T = _marginal_variance(
-            low_LD[:, d], high_LD[:, d], centred_L * volume_L, tree_L, len(grown)
+            low_LD[:, d], high_LD[:, d], centred_L * volume_L, tree_L, len(trees)
         )
         shares.append((variance_T[varied] / total_T[varied]).mean())
     return np.array(shares)

@@ -110,7 +110,7 @@ def heat_map_figure(frames: SweepFrames, found: Tiles) -> go.Figure:
             "orientation": "h",
             "thickness": 10,
             "y": 1.0,
-            "ypad": 2,
+            "ypad": 6,
             "yanchor": "bottom",
             "x": 0.5,
             "len": 1.0,
@@ -140,6 +140,7 @@ def heat_map_figure(frames: SweepFrames, found: Tiles) -> go.Figure:
         height=340,
     )
     figure.update_xaxes(**x.ticks(), range=_outer(found.x_edges), showgrid=False)
+    figure.update_xaxes(title={"standoff": 24})  # less may lie upon ticks at the very ends
     figure.update_yaxes(**y.ticks(), range=_outer(found.y_edges), showgrid=False)
     return figure.update_layout(showlegend=False)
 

@@ -158,7 +158,7 @@ def _colour_bar(figure: go.Figure, frames: SweepFrames, low: float, high: float)
                 "orientation": "h",
                 "thickness": 10,
                 "y": 1.0,
-                "ypad": 2,
+                "ypad": 6,
                 "yanchor": "bottom",
                 "x": 0.5,
                 "len": 1.0,

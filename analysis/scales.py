@@ -118,7 +118,7 @@ def scale_of(frames: SweepFrames, parameter: str) -> Scale:
         return Scale(parameter, levels, False, 0.0, float(max(0, len(levels) - 1)), stops)
     log = is_log(frames, parameter)
     bare = Scale(parameter, None, log, 0.0, 0.0, None)
-    distribution = distributions(frames).get(parameter)
+    distribution = distribution_of(frames, parameter)
     ends = [] if distribution is None else [distribution.low, distribution.high]  # type: ignore[attr-defined]
     places = bare.places([*drawn.tolist(), *ends])
     places = places[np.isfinite(places)]
@@ -133,24 +133,24 @@ def scale_of(frames: SweepFrames, parameter: str) -> Scale:
 
 def is_log(frames: SweepFrames, parameter: str) -> bool:
     """Whether the parameter was searched on a logarithmic scale."""
-    return bool(getattr(distributions(frames).get(parameter), "log", False))
+    return bool(getattr(distribution_of(frames, parameter), "log", False))
 
 
 def is_categorical(frames: SweepFrames, parameter: str) -> bool:
     """Whether the parameter was searched as a choice, or holds something else than numbers."""
-    distribution = distributions(frames).get(parameter)
+    distribution = distribution_of(frames, parameter)
     if distribution is not None:
         return hasattr(distribution, "choices")
     column = frames.trials[f"param.{parameter}"]
     return bool(column.dtype == "boolean") or not pd.api.types.is_numeric_dtype(column)
 
 
-def distributions(frames: SweepFrames) -> dict[str, BaseDistribution]:
-    """Optuna's distribution of each searched parameter; the last one of a range that changed."""
+def distribution_of(frames: SweepFrames, parameter: str) -> BaseDistribution | None:
+    """Optuna's distribution of a parameter, the last one of a range that changed; None: unknown."""
     from optuna.distributions import json_to_distribution
 
-    texts = frames.info["distributions"]
-    return {name: json_to_distribution(text) for name, text in texts.items()}
+    text = frames.info["distributions"].get(parameter)
+    return None if text is None else json_to_distribution(text)
 
 
 def _levels(settings: Sequence[object]) -> list[str]:

@@ -73,7 +73,9 @@ def sweep(
     """
     n = len(values)
     states = ["completed"] * n if states is None else list(states)
-    marks = [TOTAL if state == "completed" else 1_000 for state in states] if marks is None else marks
+    marks = (
+        [TOTAL if state == "completed" else 1_000 for state in states] if marks is None else marks
+    )
     trials = pd.DataFrame(index=range(n), columns=list(TRIAL_COLUMNS), dtype="object").assign(
         number=np.arange(n),
         state=states,
@@ -153,9 +155,7 @@ def degenerate() -> dict[str, SweepFrames]:
     rng = np.random.default_rng(0)
     spread = {
         "lr": (10 ** rng.uniform(-4, -1, 12)).tolist(),
-        "temperature": (10 ** rng.uniform(-1.3, 0, 12)).tolist(),
         "batch_size": rng.choice([64, 128, 256], 12).tolist(),
-        "strength": rng.uniform(0.1, 1.5, 12).tolist(),
     }
     return {
         "empty": sweep({}, [], ranges={}),
