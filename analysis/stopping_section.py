@@ -211,7 +211,7 @@ def _rung_figure(frames: SweepFrames, figures: Figures, prefix: str) -> dict[str
     if info["reduction"] and info["scheduler"] == "asha":
         rule = f" Reduction factor {format_value(info['reduction'])}."
     caption = f"Decisions at each rung; n = {len(frames.decisions)} decisions.{rule}"
-    return figures.add(f"{prefix}-rungs", rung_figure(frames), caption)
+    return figures.add(f"{prefix}-stopping-rungs", rung_figure(frames), caption)
 
 
 def _correlation_figure(
@@ -238,7 +238,7 @@ def _correlation_figure(
             " Only of trials that passed every rung, which have been chosen by these very values: "
             "of all trials it may be quite different."
         )
-    return figures.add(f"{prefix}-order", correlation_figure(frames, marks), caption)
+    return figures.add(f"{prefix}-stopping-order", correlation_figure(frames, marks), caption)
 
 
 def _end_figures(
@@ -266,7 +266,7 @@ def _end_figures(
         if int(ended.sum()) > MOST_POINTS:
             caption += f" At most {MOST_POINTS} of a kind are drawn."
         figure = end_figure(frames, outcomes, rung, cutoff)
-        found.append(figures.add(f"{prefix}-ends-{rung}", figure, caption))
+        found.append(figures.add(f"{prefix}-stopping-ends-{rung}", figure, caption))
     return found
 
 

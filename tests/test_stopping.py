@@ -143,7 +143,7 @@ def test_without_early_stopping_the_curve_says_when_it_could_have_begun():
     section, page = shown(frames)
     assert section["lead"][0] == "This sweep ran without early stopping."
     assert "three of four pairs" in section["lead"][1]
-    assert section["correlation_figure"]["id"] == "s0-order"
+    assert section["correlation_figure"]["id"] == "s0-stopping-order"
     assert section["end_figures"] == []
     assert "<details" not in page
 
