@@ -152,13 +152,14 @@ def load_pictures(client_or_uri: Any, run_id: str) -> SweepPictures:
         numbers = list(dict.fromkeys(int(number) for number in json.loads(listed)))[:MOST_TRIALS]
     except (ValueError, TypeError):
         return SweepPictures(notes=(f"pictures left out: the tag {TAG + FOLDER} is damaged",))
+    broken: tuple[type[Exception], ...] = (ValueError, *caught)
     trials, notes = [], []
     for number in numbers:
         try:
             trials.append(_load_trial(client, run_id, number))
         except _MissingError:
             notes.append(f"pictures of trial {number} left out: they are not in the store")
-        except (ValueError, *caught) as error:
+        except broken as error:
             notes.append(f"pictures of trial {number} left out: {first_line(error)[:300]}")
     if not trials and notes and all(note.endswith("not in the store") for note in notes):
         place = without_credentials(str(run.info.artifact_uri))

@@ -307,8 +307,8 @@ def augmented_views(
     generator = torch.Generator()
     generator.manual_seed(seed)
     images = torch.from_numpy(np.array(images_B3SS))
-    drawn = [two_views(images, generator).unflatten(0, (2, -1)) for _ in range(count // 2)]
-    views_VB3SS = torch.cat(drawn)
+    drawn = torch.cat([two_views(images, generator) for _ in range(count // 2)])
+    views_VB3SS = drawn.reshape(-1, *images.shape)
     shape = (1, 1, 3, 1, 1)
     shown = views_VB3SS * torch.tensor(std).reshape(shape) + torch.tensor(mean).reshape(shape)
     pixels = (shown * 255).round_().clamp_(0, 255).to(torch.uint8)
