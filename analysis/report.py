@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis.artifacts import SweepPictures
 from analysis.board import board_section
+from analysis.compare_page import compare_section
 from analysis.cost import cost_of
-from analysis.effect_plots import importance_figure, parameter_figure
-from analysis.effects import Importance, importance
+from analysis.effects_section import effects_section
 from analysis.load import FAILED_STATES, SweepFrames
 from analysis.next_steps import next_steps
 from analysis.page import Figures, render, write_atomic
 from analysis.pareto import pareto_figure, pareto_rows
+from analysis.pictures import pictures_section
 from analysis.plots import best_so_far_figure
 from analysis.progress import progress_section
-from analysis.stopping import rung_table
-from analysis.stopping_plots import rung_figure
-from analysis.style import SERIES_COLOURS, group_of, outside
+from analysis.stopping_section import stopping_section
+from analysis.style import SERIES_COLOURS
 from analysis.summary import gain_at, scheduler, settings, sureness
 from analysis.tables import (
     default_number,
@@ -36,11 +37,19 @@ MAX_FAILED = 100
 """Failed trials in their table; leaderboard.csv holds all."""
 
 
-def write_report(frames: SweepFrames | Sequence[SweepFrames], out_dir: Path) -> Path:
+def write_report(
+    frames: SweepFrames | Sequence[SweepFrames],
+    out_dir: Path,
+    *,
+    advice: Sequence[Mapping[str, Any] | None] = (),
+    pictures: Sequence[SweepPictures | None] = (),
+) -> Path:
     """Write `index.html` and `leaderboard.csv` into `out_dir`; returns the page's path.
 
-    Several sweeps share one page that begins with their comparison. Each file appears whole
-    or not at all. ValueError for an empty list, and for sweeps of different objectives.
+    Several sweeps share one page that begins with their comparison. `advice` on early stopping
+    and `pictures` of what was learned are one a sweep, in the same order, or none at all. Each
+    file appears whole or not at all. ValueError for an empty list, and for sweeps of different
+    objectives.
     """
     sweeps = [frames] if isinstance(frames, SweepFrames) else list(frames)
     if not sweeps:
@@ -49,7 +58,7 @@ def write_report(frames: SweepFrames | Sequence[SweepFrames], out_dir: Path) -> 
     out_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(out_dir / "leaderboard.csv", leaderboard_csv(sweeps))
     page = out_dir / "index.html"
-    write_atomic(page, render_page(sweeps))
+    write_atomic(page, render_page(sweeps, advice, pictures))
     return page
 
 
@@ -79,10 +88,24 @@ def leaderboard_csv(sweeps: Sequence[SweepFrames]) -> str:
     return text
 
 
-def render_page(sweeps: Sequence[SweepFrames]) -> str:
-    """The page's HTML."""
+def render_page(
+    sweeps: Sequence[SweepFrames],
+    advice: Sequence[Mapping[str, Any] | None] = (),
+    pictures: Sequence[SweepPictures | None] = (),
+) -> str:
+    """The page's HTML; arguments as those of `write_report`."""
     figures = Figures()
-    sections = [_section(frames, f"s{index}", figures) for index, frames in enumerate(sweeps)]
+    sections = [
+        _section(frames, f"s{index}", figures, told, seen)
+        for index, (frames, told, seen) in enumerate(
+            zip(
+                sweeps,
+                advice or [None] * len(sweeps),
+                pictures or [None] * len(sweeps),
+                strict=True,
+            )
+        )
+    ]
     return render(
         "page.html.j2",
         figures,
@@ -92,7 +115,13 @@ def render_page(sweeps: Sequence[SweepFrames]) -> str:
     )
 
 
-def _section(frames: SweepFrames, prefix: str, figures: Figures) -> dict[str, Any]:
+def _section(
+    frames: SweepFrames,
+    prefix: str,
+    figures: Figures,
+    advice: Mapping[str, Any] | None,
+    pictures: SweepPictures | None,
+) -> dict[str, Any]:
     """Everything the template says of one sweep; its figures are added to `figures`."""
     info, trials = frames.info, frames.trials
     summary = summarise(frames)
@@ -101,7 +130,7 @@ def _section(frames: SweepFrames, prefix: str, figures: Figures) -> dict[str, An
     cost = cost_of(frames)
     winner_word = "winner" if info["state"] == "finished" else "winner so far"
     failed = trials[trials["state"].isin(FAILED_STATES)]
-    results = [importance(frames, "fanova"), importance(frames, "ped_anova")]
+    field = info["config"].get("stratify", "None").partition("=")[0]
     pareto = pareto_figure(frames)
     last = frames.curves["time"].max()
     return {
@@ -132,7 +161,6 @@ def _section(frames: SweepFrames, prefix: str, figures: Figures) -> dict[str, An
             winner_word=winner_word,
             won=summary["winner"] is not None,
         ),
-        "groups": {group_of(str(ending)) for ending in trials["ending"]},
         "pareto": pareto_rows(frames),
         "pareto_figure": pareto and figures.add(f"{prefix}-pareto", pareto),
         "levels": level_rows(frames),
@@ -141,36 +169,17 @@ def _section(frames: SweepFrames, prefix: str, figures: Figures) -> dict[str, An
         .to_dict("records"),
         "failed_hidden": max(0, len(failed) - MAX_FAILED),
         "saving": cost["saving"],
-        "rungs": rung_table(frames).to_dict("records"),
-        "rung_figure": figures.add(f"{prefix}-rungs", rung_figure(frames))
-        if len(frames.decisions)
-        else None,
+        "rungs": bool(info["rungs"] or len(frames.decisions)),
         "progress": progress_section(frames, figures, prefix),
-        "parameter_figures": _parameter_figures(frames, prefix, figures, results[0]),
-        "importance": results,
-        "importance_figure": figures.add(f"{prefix}-importance", importance_figure(results))
-        if any(result.shares for result in results)
-        else None,
+        "effects": effects_section(frames, figures, prefix),
+        "stopping": stopping_section(frames, figures, prefix, advice),
+        "compare": None
+        if field == "None" or trials.empty
+        else compare_section([frames], field, figures, prefix),
+        "pictures": pictures_section(pictures, figures, prefix),
         "config": info["config"],
         "versions": info["versions"],
     }
-
-
-def _parameter_figures(
-    frames: SweepFrames, prefix: str, figures: Figures, result: Importance
-) -> list[dict[str, Any]]:
-    """One figure a parameter, the important ones first."""
-    order = {name: rank for rank, name in enumerate(result.shares or {})}
-    names = sorted(frames.parameters, key=lambda name: (order.get(name, len(order)), name))
-    found = []
-    for index, name in enumerate(names):
-        drawn = frames.trials["objective"].notna() & frames.trials[f"param.{name}"].notna()
-        n = int(drawn.sum())
-        if n:
-            figure = parameter_figure(frames, name)
-            caption = f"n = {n} trials.{outside(frames, frames.trials.loc[drawn, 'objective'])}"
-            found.append(figures.add(f"{prefix}-param-{index}", figure, caption))
-    return found
 
 
 def _comparison(

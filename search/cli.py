@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from search.comparisons import comparisons
 from search.config import (
     SweepConfig,
     parse_settings,
@@ -25,12 +26,11 @@ from search.console import (
     err_console,
     out_console,
     print_json,
-    print_leaderboard,
-    print_result,
     print_status,
 )
+from search.exports import exports
 from search.listings import listings
-from search.mistakes import INTERRUPTED, run_app
+from search.mistakes import run_app
 from search.options import (
     CacheDir,
     DataDir,
@@ -47,6 +47,7 @@ from search.options import (
     sweep_option,
 )
 from search.replays import replays
+from search.reporting import conclude, reporting
 from search.steering import steering
 from search.train_verb import training
 from search.upkeep import upkeep
@@ -62,7 +63,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distributed hyperparameter search for contrastive image pre-training.",
 )
-for verbs in (training, replays, steering, upkeep, listings):
+for verbs in (training, reporting, comparisons, replays, exports, steering, upkeep, listings):
     app.add_typer(verbs)
 
 
@@ -147,6 +148,7 @@ def sweep(
     storage: Annotated[str | None, sweep_option("storage", "--storage", metavar="URI")] = None,
     node_cache: Annotated[str | None, sweep_option("node_cache", "--node-cache")] = None,
     tracking_uri: Annotated[str | None, sweep_option("tracking_uri", "--tracking-uri")] = None,
+    pictures: Annotated[bool | None, sweep_option("pictures", "--pictures/--no-pictures")] = None,
     offline_tracking: Annotated[
         bool | None, sweep_option("offline_tracking", "--offline-tracking/--no-offline-tracking")
     ] = None,
@@ -250,26 +252,6 @@ def status(directory: SweepDir, as_json: Json = False) -> None:
     print_status(answer, counts_in_words(state))
 
 
-@app.command()
-def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="RUNS/NAME...", help="Sweeps.")],
-    as_json: Json = False,
-) -> None:
-    """Write report/index.html and leaderboard.csv from MLflow, and print the leaderboard."""
-    from search.run import Sweep
-
-    sweeps = [Sweep.open(directory) for directory in directories]
-    page, boards = _report(sweeps)
-    if as_json:
-        print_json({"report": str(page), "leaderboards": boards})
-    else:
-        for each, rows in zip(sweeps, boards.values(), strict=True):
-            if len(sweeps) > 1:
-                out_console.print(f"\n{each.config.name}", style="bold")
-            print_leaderboard(rows, each.config.objective)
-        out_console.print(f"report: {page}", soft_wrap=True)
-
-
 # ---- what the verbs share
 
 
@@ -335,61 +317,4 @@ def _carry_out(
         except KeyboardInterrupt:
             display.note(f"ended at once; go on with: contrasweep resume {sweep.dir}")
             raise
-    _conclude(sweep, result, as_json)
-
-
-def _conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
-    page, boards = (None, {}) if result.unrecorded else _report([finished])
-    if as_json:
-        print_json({**result.to_json(), "report": page and str(page)})
-    else:
-        print_result(result, boards.get(result.name, []))
-        if page is not None:
-            out_console.print(f"report: {page}", soft_wrap=True)
-    if result.unrecorded:
-        err_console.print(
-            f"no report: MLflow lacks a part of this sweep ({result.unrecorded}); once the store "
-            f"answers, both are made by: contrasweep report {result.dir}",
-            soft_wrap=True,
-        )
-    if result.unmirrored:
-        err_console.print(
-            f"{finished.storage.uri} lacks the end of this sweep's journal ({result.unmirrored}); "
-            f"once it works it is brought up to date by: contrasweep sync {result.dir}",
-            soft_wrap=True,
-        )
-    if result.why in ("storage", "node") and as_json:
-        err_console.print(result.reason, markup=False, soft_wrap=True)
-    if result.state != "finished":
-        first = "raise the budget in its sweep.yaml, then " if result.why == "budget" else ""
-        err_console.print(f"{first}go on with: contrasweep resume {result.dir}", soft_wrap=True)
-        if result.why == "budget":
-            return
-        raise typer.Exit(1 if result.why in ("failing", "storage", "node") else INTERRUPTED)
-    if result.best is None and result.trials:
-        err_console.print(f"no trial came to a result; see {result.dir / 'trials'}/*/log.txt")
-        raise typer.Exit(1)
-
-
-def _report(sweeps: list[Sweep]) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """Bring MLflow up to date, read it, write the page into the first sweep's folder.
-
-    Returns the page and each sweep's leaderboard.
-    """
-    from analysis import leaderboard_rows, load_sweep, write_report
-
-    frames = []
-    for each in sweeps:
-        each.record_rest()
-        frames.append(
-            load_sweep(each.tracking_uri, str(each.config.name), sweep_id=each.sweep_id())
-        )
-    folder = sweeps[0].dir / "report"
-    if len(sweeps) > 1:  # a page of its own: the sweep's stays
-        folder /= "with-" + "-".join(each.dir.name for each in sweeps[1:])
-    page = write_report(frames, folder)
-    boards = {
-        str(each.config.name): leaderboard_rows(frame)
-        for each, frame in zip(sweeps, frames, strict=True)
-    }
-    return page, boards
+    conclude(sweep, result, as_json)
