@@ -105,7 +105,7 @@ def shown(frames, advice=None):
     figures = Figures()
     section = stopping_section(frames, figures, "s0", advice)
     values = {"info": frames.info, "stopping": section}
-    page = render("early_stopping.html.j2", figures, s=values, info=frames.info)
+    page = render("stopping.html.j2", figures, s=values, info=frames.info)
     json.dumps(figures.drawn, allow_nan=False)
     return section, page
 
