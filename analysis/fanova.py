@@ -118,7 +118,8 @@ def _marginal_variance(
     place, height = place[order], np.cumsum(step[order])
     # between two trees the height is zero, so that the gap adds nothing
     area = height[:-1] ** 2 * np.diff(place)
-    return np.bincount((place[:-1] // 2.0).astype(np.int64), area, minlength=trees)[:trees]
+    tree = (place[:-1] // 2.0).astype(np.int64)
+    return np.asarray(np.bincount(tree, area, minlength=trees)[:trees], dtype=float)
 
 
 def cells(units_N: Floats, size: int) -> NDArray[np.int64]:
@@ -142,8 +143,8 @@ def ped_anova_divergence(
     all trials.
     """
     has = cells_N >= 0
-    all_G = np.bincount(cells_N[has], counts_N[has], minlength=size)
-    top_G = np.bincount(cells_N[has & best_N], counts_N[has & best_N], minlength=size)
+    all_G: Any = np.bincount(cells_N[has], counts_N[has], minlength=size)
+    top_G: Any = np.bincount(cells_N[has & best_N], counts_N[has & best_N], minlength=size)
     if size < 2 or all_G.sum() < 2 or top_G.sum() < 1:
         return 0.0
     density_top = _parzen(top_G, is_choice) + 1e-12

@@ -119,7 +119,7 @@ def heat_map_figure(frames: SweepFrames, found: Tiles) -> go.Figure:
             "outlinewidth": 0,
         },
     )
-    rows = range(len(found.values))
+    rows = list(range(len(found.values)))
     if len(found.values) > MAX_DOTS:
         drawn = np.random.default_rng(0).choice(len(found.values), MAX_DOTS, replace=False)
         rows = sorted(drawn.tolist())

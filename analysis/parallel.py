@@ -67,7 +67,7 @@ def parallel_figure(
         xs: list[float | None] = []
         ys: list[int | None] = []
         told: list[tuple[int, float, str] | None] = []
-        for column in np.flatnonzero(classes == index):
+        for column in np.flatnonzero(classes == index).tolist():
             number = int(values.index[column])
             xs += [None if math.isnan(x) else float(x) for x in x_PN[:, column]] + [None]
             ys += [*rows, None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -135,7 +136,7 @@ def usage_figure(found: Usage) -> go.Figure:
     return figure.update_layout(showlegend=len(encoders) > 1)
 
 
-def _field(frames: SweepFrames, name: str) -> pd.Series[object]:
+def _field(frames: SweepFrames, name: str) -> pd.Series[Any]:
     """A field of each trial's configuration by its number: as searched, else as recorded."""
     numbers = frames.trials["number"]
     empty = pd.Series(None, index=numbers.to_list(), dtype="object")

@@ -114,8 +114,8 @@ def scale_of(frames: SweepFrames, parameter: str) -> Scale:
     drawn = frames.trials[f"param.{parameter}"].dropna()
     if is_categorical(frames, parameter):
         levels = tuple(_levels(drawn.tolist()))
-        stops = tuple(float(rank) for rank in range(len(levels)))
-        return Scale(parameter, levels, False, 0.0, float(max(0, len(levels) - 1)), stops)
+        ranks = tuple(float(rank) for rank in range(len(levels)))
+        return Scale(parameter, levels, False, 0.0, float(max(0, len(levels) - 1)), ranks)
     log = is_log(frames, parameter)
     bare = Scale(parameter, None, log, 0.0, 0.0, None)
     distribution = distribution_of(frames, parameter)

@@ -25,7 +25,7 @@ def section(frames):
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    html = environment.get_template("effects_section.html.j2").render(
+    html = environment.get_template("effects.html.j2").render(
         s={"effects": found}, info=frames.info, labels=ENDING_LABELS
     )
     return found, figures.drawn, html
