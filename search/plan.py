@@ -47,7 +47,7 @@ SPACE_COPY = "space.py"
 MAY_CHANGE = (
     *("name", "out", "gpus_per_trial", "address", "keep_checkpoints", "memory_per_trial"),
     *("max_hours", "max_gpu_hours", "max_images", "on_budget", "failures_alike"),
-    *("max_concurrent", "offline_tracking", "node_cache"),
+    *("max_concurrent", "offline_tracking", "node_cache", "pictures"),
 )
 """Fields of sweep.yaml that may be edited between a sweep and its `resume`."""
 
