@@ -125,8 +125,8 @@ def intervals(
         value, error = _of_one(sample, budget)
         drawn, errors = _estimates(values_SN, costs_SN, budget)
         studentised = _ratio(drawn - value, np.maximum(errors, LEAST_ERROR * error))
-        low, high = np.quantile(studentised, [(1 - READ_AT) / 2, (1 + READ_AT) / 2])
-        low, high = value - max(high, least) * error, value - min(low, -least) * error
+        below, above = np.quantile(studentised, [(1 - READ_AT) / 2, (1 + READ_AT) / 2])
+        low, high = value - max(above, least) * error, value - min(below, -least) * error
         found.append(Estimate(value, float(low), float(high), error))
     return found
 
@@ -159,14 +159,14 @@ def difference(
     above = (1 + np.sum(bootstrap >= observed - slack)) / (len(bootstrap) + 1)
     below = (1 + np.sum(bootstrap <= observed + slack)) / (len(bootstrap) + 1)
     alike = (1 + np.sum(permuted >= abs(observed) - slack)) / (len(permuted) + 1)
-    p = 2 * min(above, below)
-    p = min(1.0, max(p, alike) if permutations else p) if value else 1.0
+    p = 2 * float(min(above, below))
+    p = min(1.0, max(p, float(alike)) if permutations else p) if value else 1.0
     level = LEVEL if permutations else READ_AT  # the test's interval is as wide as its p is high
-    low, high = np.quantile(bootstrap, [(1 - level) / 2, (1 + level) / 2])
+    below_it, above_it = np.quantile(bootstrap, [(1 - level) / 2, (1 + level) / 2])
     wide = np.quantile(permuted, LEVEL, method="higher") if permutations else 0.0
-    ends = (value - max(high, wide) * error, value - min(low, -wide) * error)
-    low, high = map(float, ends) if error else (np.nan, np.nan)
-    return Difference(Estimate(float(value), low, high, float(error)), float(p))
+    ends = (value - max(above_it, wide) * error, value - min(below_it, -wide) * error)
+    low, high = (float(end) if error else np.nan for end in ends)
+    return Difference(Estimate(float(value), low, high, float(error)), p)
 
 
 def probability_better(first: Sample, second: Sample, n: int) -> Estimate:
@@ -287,7 +287,8 @@ def _estimates(values_SN: Array, costs_SN: Array, budget: Budget, errors: bool =
     at = [_leave_one_out(values_SN, weights(total - 1, more)) for more in steps]
     left_out = between(at, n_SN, whole_S[:, None])
     spread = left_out - left_out.mean(-1, keepdims=True)
-    return estimates, np.sqrt((total - 1) / total * np.einsum("sn,sn->s", spread, spread))
+    found = np.sqrt((total - 1) / total * np.einsum("sn,sn->s", spread, spread))
+    return estimates, np.where(found > 1e-12 * np.abs(values_SN).max(), found, 0.0)
 
 
 def _leave_one_out(values_SN: Array, weights: Array) -> Array:

@@ -333,8 +333,8 @@ def _pair(
     gap = found.interval.value
     spent = min(a.costs_N.sum(), b.costs_N.sum()) / SHARE
     by_images = difference(a, b, Budget(images=float(spent)), generator, permutations=0)
-    early = [first.early, second.early]
-    ranked = all(len(each) >= 2 for each in early)
+    early = first.early, second.early
+    ranked = min(map(len, early)) >= 2
     delta = probability_better(*early, 1) if ranked else None
     noise = _measurement(expected, images)
     needed, beyond = _trials_needed(found.interval, pairs, min(len(a), len(b)))
@@ -349,8 +349,9 @@ def _pair(
         "probability": _span(probability_better(a, b, n)),
         "images": int(spent),
         "difference_by_images": _span(by_images.interval),
-        "cliffs_delta": delta
-        and Span(value=2 * delta.value - 1, low=2 * delta.low - 1, high=2 * delta.high - 1),
+        "cliffs_delta": None
+        if delta is None
+        else Span(value=2 * delta.value - 1, low=2 * delta.low - 1, high=2 * delta.high - 1),
         "p_rank": float(mannwhitneyu(*(each.values_N for each in early)).pvalue)
         if ranked
         else None,

@@ -237,7 +237,7 @@ def _levels(table: pd.DataFrame, order: Sequence[str], sign: float) -> list[Leve
         if best is not None:
             counted = value.where(done, value.clip(upper=finished.median())).where(~failed, worst)
             outcomes = Sample.of(counted[here].to_numpy(), costs[here].clip(lower=1).to_numpy())
-        row = None if best is None else table.loc[finished.idxmax()]
+        row = None if best is None else table[here & done & (value == best)].iloc[0]
         at_mark = early[here.reindex(early.index)].to_numpy()
         found.append(
             Level(

@@ -76,8 +76,9 @@ def _print(comparison: Comparison) -> None:
             "intervals and the test take them to be."
         )
     notes.append(
-        "Expected best of a third of the smallest level's trials, with its 95 % interval; stopped "
-        "trials count with their last value, never above the median of their level's completed ones."
+        "Expected best of a third of the smallest level's trials, with its 95 % interval; "
+        "stopped trials count with their last value, never above the median of their level's "
+        "completed ones."
     )
     for note in notes:
         out_console.print(note, style="dim", soft_wrap=True, markup=False)
