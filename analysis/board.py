@@ -30,7 +30,8 @@ def board_section(
     columns = _columns(frames, varying, "bracket" in table.columns)
     cells = [plain_values(table[key]) for key, _, _ in columns]
     rows = len(table)
-    data = {
+    audited = plain_values(table["audited"])
+    data: dict[str, Any] = {
         "columns": [
             {"label": label, "kind": kind, "integer": _integer(column)}
             for (_, label, kind), column in zip(columns, cells, strict=True)
@@ -38,11 +39,7 @@ def board_section(
         "cells": [[_short(value) for value in column] for column in cells],
         "labels": {name: ENDING_LABELS.get(name, name) for name in table["ending"].unique()},
         "default": [i for i, value in enumerate(table["is_default"].tolist()) if value],
-        "audited": {
-            str(i): value
-            for i, value in enumerate(plain_values(table["audited"]))
-            if value is not None
-        },
+        "audited": {str(i): value for i, value in enumerate(audited) if value is not None},
         "winner": winner_word if won else None,
         "full": [i for i, state in enumerate(table["state"].tolist()) if state == "completed"],
     }
@@ -55,16 +52,12 @@ def board_section(
         "rows": [
             {
                 "cells": [
-                    {
-                        "text": show(column[i], kind),
-                        "sort": "" if column[i] is None else column[i],
-                        "kind": kind,
-                    }
+                    {"text": show(column[i], kind), "kind": kind}
                     for column, (_, _, kind) in zip(cells, columns, strict=True)
                 ],
                 "ending": table["ending"].iat[i],
                 "default": bool(table["is_default"].iat[i]),
-                "audited": data["audited"].get(str(i)),
+                "audited": audited[i],
                 "won": won and i == 0,
                 "full": table["state"].iat[i] == "completed",
             }

@@ -24,6 +24,7 @@ OUTER = 0.1
 """The part of a range that counts as its end."""
 LEAST_COMPLETED = 10
 LEAST_FOR_ORDER = 20
+LEAST_FAILED = 3
 LEVEL = 0.05
 """Chance of a false advice on ranges, and on where trials fail, in the whole sweep."""
 
@@ -49,14 +50,14 @@ def _failures(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     ended = trials[trials["state"] != "unfinished"]
     failed = ended["state"].isin(FAILED_STATES)
     n = int(failed.sum())
-    if not n or n <= len(ended) / 10:
+    if n <= len(ended) / 10 or (n < LEAST_FAILED and n < len(ended)):
         return
     counts = ended.loc[failed, "state"].value_counts()
-    how = joined([f"{count} {ENDING_LABELS.get(str(s), str(s))}" for s, count in counts.items()])
+    how = joined([f"{count:,} {ENDING_LABELS.get(str(s), str(s))}" for s, count in counts.items()])
     where = _where_they_fail(frames, ended, failed)
     yield Step(
         action="Mend what makes trials fail, or keep the space out of there.",
-        reason=f"{n} of {len(ended)} ended trials failed ({how})"
+        reason=f"{n:,} of {len(ended):,} ended trials failed ({how})"
         + (f": {where}." if where else "; no searched parameter tells where."),
         weight=100.0 if n == len(ended) else 70.0,
     )
@@ -144,8 +145,8 @@ def _noise(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     yield Step(
         action=f"Confirm the best {top} with fresh seeds, on more validation images if there are "
         "any, rather than run more trials.",
-        reason=f"{alike} other completed trials cannot be told apart from the winner; the best of "
-        f"them all: trials {numbers}.{few}",
+        reason=f"{alike:,} other completed trials cannot be told apart from the winner; the best "
+        f"of them all: trials {numbers}.{few}",
         weight=75.0 if alike >= 4 else 60.0,
     )
 
@@ -166,7 +167,7 @@ def _best_completed(frames: SweepFrames, least: int) -> pd.DataFrame:
     """The better tenth of the completed trials, at least so many; fewer are no ground."""
     trials = frames.trials
     done = trials[(trials["state"] == "completed") & np.isfinite(trials["objective"])]
-    ranked = done.sort_values("objective", ascending=frames.info["mode"] == "min")
+    ranked: pd.DataFrame = done.sort_values("objective", ascending=frames.info["mode"] == "min")
     return ranked.head(max(least, math.ceil(len(done) / 10)))
 
 
@@ -175,7 +176,7 @@ def _length(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     info, top = frames.info, _best_completed(frames, 3)
     until, cooled = 1.0, False
     if {"schedule", "cooldown"} <= set(frames.fields.columns):
-        fields = frames.fields.loc[frames.fields.index.intersection(top["number"])]
+        fields = frames.fields[frames.fields.index.isin(top["number"])]
         if (fields["schedule"] == "cosine").any():
             return  # its rate falls all the way: a rise at the end says nothing of a longer run
         rest = pd.to_numeric(fields["cooldown"].where(fields["schedule"] == "wsd"), errors="coerce")
@@ -184,7 +185,7 @@ def _length(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     curves = frames.curves
     of_top = curves[(curves["metric"] == info["objective"]) & curves["number"].isin(top["number"])]
     table = of_top.pivot_table(index="number", columns="mark", values="value", aggfunc="last")
-    marks = [mark for mark in table.columns if mark <= until * info["total_images"]]
+    marks = [mark for mark in table.columns.tolist() if mark <= until * info["total_images"]]
     if len(top) < 3 or len(marks) < 2:
         return
     last = marks[-1]
@@ -220,7 +221,7 @@ def _more_trials(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     if gained > noise:
         yield Step(
             action="Run more trials of this kind.",
-            reason=f"The best one ended as number {place} of {len(values)} completed trials, "
+            reason=f"The best one ended as number {place} of {len(values):,} completed trials, "
             f"{gained:.2g} better than the best of the first three quarters: "
             "the search was still improving.",
             weight=68.0,

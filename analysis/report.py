@@ -24,6 +24,7 @@ from analysis.stopping_section import stopping_section
 from analysis.style import SERIES_COLOURS
 from analysis.summary import gain_at, scheduler, settings, sureness
 from analysis.tables import (
+    Axis,
     default_number,
     is_accuracy,
     leaderboard,
@@ -188,6 +189,15 @@ def _comparison(
     """The sweeps side by side; curves only where they measure the same thing."""
     measures = {(f.info["objective"], f.info["mode"], f.info["dataset"]) for f in sweeps}
     same = len(measures) == 1
+    captions: dict[Axis, str] = {
+        "images": "Thick: best completed trial. Dotted: best report of any trial.",
+        "time": "The same over each sweep's own time from its start, pauses included.",
+        "cost": "The same over the time of all trials together.",
+    }
+    reports = ", ".join(
+        f"{int((f.curves['metric'] == f.info['objective']).sum()):,} of {f.info['name']}"
+        for f in sweeps
+    )
     return {
         "rows": [
             {
@@ -199,12 +209,10 @@ def _comparison(
         "same": same,
         "lengths_differ": len({f.info["total_images"] for f in sweeps}) > 1,
         "figures": [
-            figures.add(f"all-{by}", best_so_far_figure(sweeps, by), caption)
-            for by, caption in (
-                ("images", "Thick: best completed trial. Dotted: best report of any trial."),
-                ("time", "The same over each sweep's own time from its start, pauses included."),
-                ("cost", "The same over the time of all trials together."),
+            figures.add(
+                f"all-{by}", best_so_far_figure(sweeps, by), f"{caption} n = {reports} reports."
             )
+            for by, caption in captions.items()
         ]
         if same
         else [],

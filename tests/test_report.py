@@ -18,7 +18,7 @@ from analysis.words import format_duration, format_value
 from tests.pages import Markup, headings, read
 
 SECTIONS = (
-    *("Leaderboard", "Progress", "Parameters", "Importance", "Early stopping"),
+    *("Leaderboard", "Progress", "Effects of the parameters", "Early stopping"),
     *("Failed trials", "Configuration and versions"),
 )
 
@@ -62,7 +62,7 @@ def test_plotly_is_inlined_once_and_every_figure_has_its_place(page, markup):
     figures = markup.figures()
     assert set(figures) <= ids
     places = [v for _, n, v in markup.attributes if n == "class" and v == "plot"]
-    assert len(places) == len(figures) == 4 + 5 + 1 + 1
+    assert len(places) == len(figures) == 4 + 14  # progress; effects and early stopping
     assert all(figure["data"] for figure in figures.values())
 
 
@@ -116,7 +116,7 @@ def test_several_sweeps_are_compared(recorded, tmp_path):
     assert "Comparison" in markup.text
     assert markup.text.count("Configuration and versions") == 2
     figures = markup.figures()
-    assert len(figures) == 2 * 11 + 3
+    assert len(figures) == 2 * 18 + 3
     names = {trace["name"] for trace in figures["all-images"]["data"]}
     assert {"planted: best report", "other: best completed trial"} <= names
 
