@@ -31,8 +31,8 @@ from analysis.style import (
 )
 from analysis.tables import summarise
 
-MAX_POINTS = 500
-"""Of more trials, the better half of that many and the rest at random are drawn."""
+MAX_POINTS, BEST_POINTS = 500, 50
+"""Of more trials, the best ones and others at random are drawn."""
 
 MEASURES = {"fanova": "fANOVA: share of variance", "ped_anova": "PED-ANOVA: best tenth"}
 
@@ -48,14 +48,17 @@ def parameter_figure(frames: SweepFrames, parameter: str, found: Trend | None = 
     info, scale = frames.info, scale_of(frames, parameter)
     winner = summarise(frames)["winner"]
     won = winner["number"] if winner else None
-    table = thinned(settings_of(frames, parameter), info["mode"])
+    whole = settings_of(frames, parameter)
+    table = thinned(whole, info["mode"])
     figure = go.Figure()
-    if found is not None:
-        add_trend(figure, found, scale)
+    if found is not None and found.is_curve:
+        _add_band(figure, found, scale)
     groups = table["ending"].map(lambda ending: group_of(str(ending)))
     for group in DRAWN_ORDER:
         _add_points(figure, table[(groups == group) & (table["number"] != won)], group, scale)
-    _add_points(figure, table[table["number"] == won], "winner", scale)
+    if found is not None:
+        _add_trend(figure, found, scale)
+    _add_points(figure, whole[whole["number"] == won], "winner", scale)
     if scale.levels is not None:
         figure.update_xaxes(**scale.ticks(), range=[-0.5, len(scale.levels) - 0.5], showgrid=False)
     elif scale.log:
@@ -80,35 +83,39 @@ def parameter_trend(frames: SweepFrames, scale: Scale, compared: Comparable) -> 
     return trend(places, values.to_numpy(dtype="float64"), scale)
 
 
-def thinned(table: pd.DataFrame, mode: str, most: int = MAX_POINTS) -> pd.DataFrame:
-    """At most `most` rows: half of them the best objectives, the others drawn at random."""
-    if len(table) <= most:
+def thinned(table: pd.DataFrame, mode: str) -> pd.DataFrame:
+    """At most MAX_POINTS rows: those of the best objectives, the others drawn at random."""
+    if len(table) <= MAX_POINTS:
         return table
     ordered = table.sort_values("objective", ascending=mode == "min", kind="stable")
-    best, others = ordered.head(most // 2), ordered.iloc[most // 2 :]
-    rows = np.random.default_rng(0).choice(len(others), most - len(best), replace=False)
+    best, others = ordered.head(BEST_POINTS), ordered.iloc[BEST_POINTS:]
+    rows = np.random.default_rng(0).choice(len(others), MAX_POINTS - len(best), replace=False)
     return pd.concat([best, others.iloc[np.sort(rows)]]).sort_index()
 
 
-def add_trend(figure: go.Figure, found: Trend, scale: Scale) -> None:
-    """A curve with its band, or means with their intervals; axis in settings, not places."""
+def _add_band(figure: go.Figure, found: Trend, scale: Scale) -> None:
+    x = [scale.setting(place) for place in found.places]
+    figure.add_scatter(
+        x=[*x, *reversed(x)],
+        y=[*found.low, *reversed(found.high)],
+        fill="toself",
+        fillcolor="rgba(133,140,153,0.25)",
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        name="interval",
+    )
+
+
+def _add_trend(figure: go.Figure, found: Trend, scale: Scale) -> None:
+    """A curve, or means with their intervals; the axis is in settings, not places."""
     x = [scale.setting(place) for place in found.places]
     if found.is_curve:
-        figure.add_scatter(
-            x=[*x, *reversed(x)],
-            y=[*found.low, *reversed(found.high)],
-            fill="toself",
-            fillcolor="rgba(133,140,153,0.25)",
-            line={"width": 0},
-            mode="lines",
-            hoverinfo="skip",
-            name="interval",
-        )
         figure.add_scatter(
             x=x,
             y=found.centre,
             mode="lines",
-            line={"color": GREY, "width": 2.5},
+            line={"color": GREY, "width": 3},
             name="trend",
             customdata=np.column_stack([found.low, found.high]).tolist(),
             hovertemplate="trend %{y:.4f}<br>%{customdata[0]:.4f} to %{customdata[1]:.4f}"
@@ -207,7 +214,7 @@ def _add_points(figure: go.Figure, rows: pd.DataFrame, group: str, scale: Scale)
     label, colour, symbol = ENDING_STYLE.get(group, ("winner", WINNER_COLOUR, "star"))
     if rows.empty:
         return
-    full = group in ("completed", "winner")
+    full, few = group in ("completed", "winner"), len(rows) < 150
     settings = rows["setting"].tolist()
     numbers = rows["number"].tolist()
     x = (
@@ -227,8 +234,8 @@ def _add_points(figure: go.Figure, rows: pd.DataFrame, group: str, scale: Scale)
         marker={
             "color": colour,
             "symbol": symbol,
-            "size": 14 if group == "winner" else 9 if len(rows) < 150 else 6,
-            "opacity": 0.95 if full else 0.75,
+            "size": 14 if group == "winner" else 9 if few else 6,
+            "opacity": (0.95 if full else 0.75) if few else 0.4,
         },
         name=label,
         hovertemplate="trial %{customdata[0]}, "

@@ -108,9 +108,9 @@ class Comparable:
     def words(self) -> str:
         """Which trials these are, for a caption."""
         if self.completed:
-            return f"the {len(self.values)} completed trials"
+            return f"the {len(self.values):,} completed trials"
         n = len(self.values)
-        which = "the one trial" if n == 1 else f"the {n} trials"
+        which = "the one trial" if n == 1 else f"the {n:,} trials"
         return f"{which} that reached {self.mark:,} images, at that mark"
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.effect_plots import MAX_POINTS, importance_figure, parameter_figure, parameter_trend
+from analysis.effect_plots import (
+    BEST_POINTS,
+    MAX_POINTS,
+    importance_figure,
+    parameter_figure,
+    parameter_trend,
+)
 from analysis.effects import (
     MIN_COMPLETED,
     Comparable,
@@ -101,7 +107,7 @@ def _importance(
         for result in told
         if result.left_out
     )
-    caption = f"{where}{spread} n = {base.n} trials{drawn}.{left}"
+    caption = f"{where}{spread} n = {base.n:,} trials{drawn}.{left}"
     return {
         "figure": figures.add(f"{prefix}-importance", importance_figure(results), caption),
         "reason": "",
@@ -148,8 +154,9 @@ def _slices(
         table = settings_of(frames, name)
         if table.empty:
             continue
-        caption = f"n = {len(table)} trials"
-        caption += f", {MAX_POINTS} of them drawn" if len(table) > MAX_POINTS else ""
+        caption = f"n = {len(table):,} trials"
+        if len(table) > MAX_POINTS:
+            caption += f", {MAX_POINTS} of them drawn: the best {BEST_POINTS}, others at random"
         caption += f".{outside(frames, table['objective'])}"
         trend = parameter_trend(frames, scale_of(frames, name), compared)
         if trend is None:
@@ -197,7 +204,7 @@ def _pairs(
         n = len(found.values)
         caption = (
             f"Colour: mean {frames.info['objective']} of the trials in a tile, yellow is best; "
-            f"empty: none was tried. Rings: trials. n = {n}"
+            f"empty: none was tried. Rings: trials. n = {n:,}"
             f"{f', {MAX_DOTS} of them drawn' if n > MAX_DOTS else ''}; a tile of one trial is "
             "that trial's value, with all its chance."
         )
@@ -217,7 +224,7 @@ def _parallel(
     if figure is None:
         return None
     all_of = len(compared.values)
-    which = f"the best {MAX_LINES} of {all_of}" if all_of > MAX_LINES else f"all {all_of}"
+    which = f"the best {MAX_LINES} of {all_of:,}" if all_of > MAX_LINES else f"all {all_of}"
     log = " Axes are logarithmic where the parameter was searched so."
     caption = f"One line a trial, {which} comparable ones; thick and yellow is best.{log}"
     return figures.add(f"{prefix}-parallel", figure, caption)
@@ -270,8 +277,8 @@ def _failure_figures(
             ended = frames.trials["state"] != UNFINISHED
             n = int((ended & frames.trials[f"param.{name}"].notna()).sum())
             caption = (
-                f"Share of trials that failed, with Wilson's 95 % intervals; n = {n} ended trials, "
-                "but for each kind of failure without those that failed in another way. "
+                f"Share of trials that failed, with Wilson's 95 % intervals; n = {n:,} ended "
+                "trials, but for each kind of failure without those that failed in another way. "
                 f"{p_words(p)} after correction."
             )
             items.append(figures.add(f"{prefix}-failed-{index}", figure, caption))
@@ -300,6 +307,6 @@ def _resources(frames: SweepFrames, figures: Figures, prefix: str) -> dict[str, 
             else "On a GPU the most that the trial had allocated; on a CPU the most that its "
             "worker had ever taken, earlier trials included."
         )
-        caption = f"Dots: trials; dashes: medians. n = {len(found.table)} trials. {more}"
+        caption = f"Dots: trials; dashes: medians. n = {len(found.table):,} trials. {more}"
         items.append(figures.add(f"{prefix}-{metric}", usage_figure(found), caption))
     return {"figures": items, "sentences": sentences}

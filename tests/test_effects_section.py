@@ -105,7 +105,7 @@ def test_the_same_records_give_the_same_section(sixty):
 def test_ten_thousand_trials_are_thinned():
     found, figures, _ = section(planted(10_000))
     assert len(embedded(figures)) < 600_000
-    assert "500 of them drawn" in found["slices"][0]["caption"]
+    assert "n = 10,000 trials, 500 of them drawn" in found["slices"][0]["caption"]
     assert "500 of them drawn at random" in found["importance"]["figure"]["caption"]
     assert "the best 200 of" in found["parallel"]["caption"]
     assert "400 of them, drawn at random" in found["compared"]
