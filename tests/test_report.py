@@ -365,4 +365,4 @@ def test_audited_trials_are_told_beside_what_was_not_to_be_stopped(
     assert levels == [("byol", 1, 0.99, 4), ("nt_xent", 4, 0.9, 2), ("margin", 2, 0.7, 1)]
     assert [row["default"] for row in level_rows(frames)] == [None, 0.9, None]
     text = " ".join(read(sweep_store, "audit", tmp_path).text.split())
-    assert "Of the 2 that can be compared, 1 ended above every trial that was not to be" in text
+    assert "2 ran on to show what that costs; 1 of them ended above every trial of its" in text
