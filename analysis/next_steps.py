@@ -185,7 +185,8 @@ def _length(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     curves = frames.curves
     of_top = curves[(curves["metric"] == info["objective"]) & curves["number"].isin(top["number"])]
     table = of_top.pivot_table(index="number", columns="mark", values="value", aggfunc="last")
-    marks = [mark for mark in table.columns.tolist() if mark <= until * info["total_images"]]
+    reported = sorted(int(mark) for mark in of_top["mark"].unique())
+    marks = [mark for mark in reported if mark <= until * info["total_images"]]
     if len(top) < 3 or len(marks) < 2:
         return
     last = marks[-1]

@@ -292,14 +292,13 @@ def test_odd_sweeps_have_sensible_pages(kind: str, tmp_path: Path) -> None:
     assert "None" not in text.replace("None.", "").split()
 
 
-def test_ten_thousand_trials_make_a_page_of_bearable_size(tmp_path: Path) -> None:
+def test_figures_of_ten_thousand_trials_are_thinned_and_say_so() -> None:
     frames = large(10_000, names=3)
     figures = Figures()
-    progress_section(frames, figures, "s0")
+    captions = {item["id"]: item["caption"] for item in progress_section(frames, figures, "s0")}
     assert len(embedded(figures.drawn)) < 1.5e6
     dots = figures.drawn["s0-best-time"]["data"][0]
     assert len(dots["x"]) == MAX_DOTS
-    captions = {item["id"]: item["caption"] for item in progress_section(frames, Figures(), "s0")}
     assert "Of the dots, 2,000 are drawn, chosen at random" in captions["s0-best-cost"]
     assert "About 200 of the 10,000 curves are drawn" in captions["s0-curves"]
     curves = [trace for trace in learning_curves(frames).data if trace.mode == "markers"]
