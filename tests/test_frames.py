@@ -4,6 +4,8 @@ decisions: both are what the journal says."""
 import json
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -263,3 +265,20 @@ def test_many_decisions_go_on_in_further_tags(rungs: int) -> None:
     assert frame["mark"].tolist() == list(range(1, rungs + 1))
     assert frame["value"].isna().tolist() == [mark % 3 == 0 for mark in range(1, rungs + 1)]
     assert frame["stop"].sum() == min(rungs, 1)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_large_sweep_runs(tmp_path: Path) -> None:
+    bench = Path(__file__).parent / "bench" / "bench_report.py"
+    done = subprocess.run(
+        [sys.executable, bench, "--trials", "300", "--store", tmp_path, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    figures = json.loads(done.stdout)
+    assert (figures["rows"]["trials"], figures["rows"]["metrics"]) == (300, 20)
+    assert 5_000 < figures["rows"]["points of the objective"] < 10_000
+    assert figures["rows"]["decisions"] > 300
+    assert figures["page_mb"] < 15
+    assert (tmp_path / "report" / "index.html").is_file()
