@@ -41,8 +41,9 @@ LEAST_ERROR = 0.1
 """A bootstrap sample of equal values has no error of its own; it counts as this share of ours."""
 TINY = 1e-15
 """As good as nothing, of a weight or of a difference."""
-MIN_PERMUTATIONS = 1_200
-"""So many tell the smallest p that Holm's correction asks of 28 pairs."""
+MIN_REPEATS = 1_200
+"""Resamples and permutations, unless fewer are asked for: so many tell the smallest p that Holm's
+correction asks of 28 pairs."""
 MAX_DRAWS = 400_000
 """Values drawn for one sample's bootstrap, or one pair's permutations, which bounds the time."""
 
@@ -142,9 +143,9 @@ def difference(
 ) -> Difference:
     """How much more the first sample's expected best is, at one budget; needs n < N of both.
 
-    Many trials are resampled and permuted less often, though permuted MIN_PERMUTATIONS times;
-    without any permutations p and interval are the bootstrap's alone. Without an error there is
-    no interval: its ends are nan.
+    Many trials are resampled and permuted less often, though MIN_REPEATS times. Without any
+    permutations p and interval are the bootstrap's alone. Without an error there is no interval:
+    its ends are nan.
     """
     value, error = _contrast(*(_of_one(each, budget) for each in (first, second)))
     observed = float(_ratio(value, error))
@@ -205,7 +206,7 @@ def _resampled(
 ) -> tuple[Array, Array]:
     """Values and costs, both [S, N], of S bootstrap samples, fewer where trials are many."""
     total = len(sample)
-    count = max(200, min(resamples, MAX_DRAWS // total))
+    count = min(resamples, max(MIN_REPEATS, MAX_DRAWS // total))
     drawn = np.sort(generator.integers(0, total, (count, total)), axis=-1)
     return sample.values_N[drawn], sample.costs_N[drawn]
 
@@ -228,7 +229,7 @@ def _permuted(
         np.concatenate([first.costs_N, second.costs_N]),
     )
     total, here = len(both), len(first)
-    count = min(permutations, max(MIN_PERMUTATIONS, MAX_DRAWS // total))
+    count = min(permutations, max(MIN_REPEATS, MAX_DRAWS // total))
     labels_SM = np.tile(np.arange(total) < here, (count, 1))
     labels_SM = generator.permuted(labels_SM, axis=1)
     sides = []

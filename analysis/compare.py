@@ -140,7 +140,7 @@ def compare(sweeps: Sequence[SweepFrames], field: str, *, seed: int = SEED) -> C
 
     `field` and the errors are those of `levels.levels_of`; `seed` is that of all resampling.
     """
-    found = levels_of(sweeps, field)
+    found = levels_of(sweeps, field, seed=seed)
     info = sweeps[0].info
     sign = 1.0 if info["mode"] == "max" else -1.0
     accuracy = is_accuracy(info["objective"])
@@ -329,10 +329,11 @@ def _pair(
         return row | {"why": "a level of one trial cannot be compared"}
     if not _could_reject(len(a), len(b), pairs):
         return row | {"why": f"{len(a)} and {len(b)} trials are too few to show any difference"}
-    found = difference(a, b, budget, generator, permutations=max(2_000, 80 * pairs))
+    found = difference(a, b, budget, generator)
     gap = found.interval.value
     spent = min(a.costs_N.sum(), b.costs_N.sum()) / SHARE
-    by_images = difference(a, b, Budget(images=float(spent)), generator, permutations=0)
+    spent_by_each = Budget(images=float(spent))
+    by_images = difference(a, b, spent_by_each, generator, resamples=1_000, permutations=0)
     early = first.early, second.early
     ranked = min(map(len, early)) >= 2
     delta = probability_better(*early, 1) if ranked else None

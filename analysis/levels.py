@@ -23,13 +23,16 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.best_of import Sample
+from analysis.best_of import Array, Sample
 from analysis.effects import shared_mark
 from analysis.frames import BY_COMMAND, FAILED_STATES, UNFINISHED, SweepFrames
 
 SWEEP = "sweep"
 """The field whose levels are the sweeps themselves."""
 MAX_LEVELS = 8
+MAX_TRIALS = 1_200
+"""Of all levels together in intervals and tests, shared out evenly, which keeps a large sweep's
+comparison within seconds."""
 GROUPS = 3
 """Groups of equal numbers of trials that a numeric field with more values is cut into."""
 
@@ -95,12 +98,13 @@ def check_same_measure(sweeps: Sequence[SweepFrames]) -> None:
                 )
 
 
-def levels_of(sweeps: Sequence[SweepFrames], field: str) -> Levels:
+def levels_of(sweeps: Sequence[SweepFrames], field: str, *, seed: int = 0) -> Levels:
     """The levels of a field in one sweep or pooled over several.
 
     `field` is a searched parameter, a field of the trainer's configuration, or SWEEP. Numbers of
     more than MAX_LEVELS values are cut into GROUPS; ValueError for other fields with so many
-    levels, for an unknown field, and for sweeps that do not measure the same.
+    levels, for an unknown field, and for sweeps that do not measure the same. Of a level with more
+    than its share of MAX_TRIALS, so many, drawn by chance (`seed`), are its outcomes.
     """
     check_same_measure(sweeps)
     names = [frames.info["name"] for frames in sweeps]
@@ -128,7 +132,14 @@ def levels_of(sweeps: Sequence[SweepFrames], field: str) -> Levels:
     early = pd.concat([_early(frames, mark) for frames in sweeps], ignore_index=True)
     table = table.merge(early, on=["sweep_id", "number"], how="left")
     sign = 1.0 if sweeps[0].info["mode"] == "max" else -1.0
-    levels = _levels(table, order, sign)
+    most = MAX_TRIALS // max(1, len(order))
+    levels = _levels(table, order, sign, most, np.random.default_rng(seed))
+    large = [each.name for each in levels if each.trials > most]
+    if large:
+        notes.append(
+            f"{most} trials, drawn by chance, stand for all of {', '.join(large)} in what is "
+            "expected of a budget and in the test."
+        )
     apart = field == SWEEP or all(stratified_field(frames) == field for frames in sweeps)
     return Levels(field, tuple(levels), mark, apart, tuple(notes))
 
@@ -218,7 +229,14 @@ def _early(frames: SweepFrames, mark: int) -> pd.DataFrame:
     return here.rename(columns={"value": "early"}).assign(sweep_id=frames.info["sweep_id"])
 
 
-def _levels(table: pd.DataFrame, order: Sequence[str], sign: float) -> list[Level]:
+def _levels(
+    table: pd.DataFrame,
+    order: Sequence[str],
+    sign: float,
+    most: int,
+    generator: np.random.Generator,
+) -> list[Level]:
+    """Levels in this order, each with at most so many outcomes."""
     finite = np.isfinite(table["objective"].astype(float))
     failed = table["state"].isin(FAILED_STATES) | ~finite
     done = (table["state"] == "completed") & ~failed
@@ -236,9 +254,13 @@ def _levels(table: pd.DataFrame, order: Sequence[str], sign: float) -> list[Leve
         outcomes = None
         if best is not None:
             counted = value.where(done, value.clip(upper=finished.median())).where(~failed, worst)
-            outcomes = Sample.of(counted[here].to_numpy(), costs[here].clip(lower=1).to_numpy())
+            chosen = _drawn(int(here.sum()), most, generator)
+            outcomes = Sample.of(
+                counted[here].to_numpy()[chosen], costs[here].clip(lower=1).to_numpy()[chosen]
+            )
         row = None if best is None else table[here & done & (value == best)].iloc[0]
         at_mark = early[here.reindex(early.index)].to_numpy()
+        at_mark = at_mark[_drawn(len(at_mark), most, generator)]
         found.append(
             Level(
                 name=name,
@@ -254,3 +276,8 @@ def _levels(table: pd.DataFrame, order: Sequence[str], sign: float) -> list[Leve
             )
         )
     return found
+
+
+def _drawn(count: int, most: int, generator: np.random.Generator) -> Array:
+    """Places of `most` of so many; of all where they are fewer."""
+    return generator.choice(count, most, replace=False) if count > most else np.arange(count)

@@ -222,6 +222,20 @@ def test_a_default_that_only_one_level_has_is_left_out() -> None:
     assert [each.best for each in levels_of(both, "sweep").levels] == [0.99, 0.99]
 
 
+def test_of_many_trials_some_stand_for_all_and_differences_are_still_shown() -> None:
+    trials = [
+        trial
+        for place, level in enumerate("abcd")
+        for trial in normal(level, 0.9 - 0.1 * (place == 3), 320, place)
+    ]
+    found = compare([sweep(trials)], "loss")
+    assert found["notes"][0].startswith("300 trials, drawn by chance, stand for all of a, b, ")
+    assert found["levels"][0]["trials"] == 320
+    assert found["levels"][0]["by_trials"][-1]["budget"] == 300
+    worse = [pair for pair in found["pairs"] if pair["second"] == "d"]
+    assert [pair["result"] for pair in worse] == ["better"] * 3
+
+
 def test_early_values_are_compared_at_one_mark() -> None:
     trials = [*completed("a", 0.9, 0.8), ("b", "pruned", 0.85, 1_000), *completed("b", 0.7)]
     found = levels_of([sweep(trials)], "loss")
