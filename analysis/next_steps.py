@@ -143,7 +143,7 @@ def _noise(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     numbers = joined(sure["alike_numbers"][:top])
     few = f" Their values come from {format_count(frames.info['val_images'] or 0)} images."
     yield Step(
-        action=f"Confirm the best {top} with fresh seeds, on more validation images if there are "
+        action=f"Run the best {top} again with fresh seeds, on more validation images if there are "
         "any, rather than run more trials.",
         reason=f"{alike:,} other completed trials cannot be told apart from the winner; the best "
         f"of them all: trials {numbers}.{few}",

@@ -3,8 +3,8 @@
 How sure: the standard error of an accuracy over the validation images, and the number of completed
 trials that lie within two standard errors of a difference of the winner, which therefore cannot
 be told apart from it. The errors are taken as independent though all trials are measured on the
-same images: a cautious answer. What a fresh seed would change is not in these records; `confirm`
-measures it.
+same images: a cautious answer. What a fresh seed would change is not in these records: reruns
+measure it.
 """
 
 from __future__ import annotations
