@@ -137,9 +137,9 @@ def test_a_choice_and_a_coarse_range_have_no_end_to_crowd_at() -> None:
     assert "layers" not in advice(built(values, params={**params, "layers": mixed}, ranges=ranges))
 
 
-def test_alike_trials_are_to_be_confirmed() -> None:
+def test_alike_trials_are_to_be_run_again() -> None:
     told = advice(built([0.80, 0.795, 0.79, 0.785, *distinct(20, 0.2, 0.5)]))
-    assert "Confirm the best 4 with fresh seeds" in told
+    assert "Run the best 4 again with fresh seeds" in told
     assert "trials 0, 1, 2 and 3" in told
     assert "Confirm" not in advice(built(distinct(12)))
 
