@@ -149,7 +149,7 @@ def _joined(sweeps: Sequence[SweepFrames], name: str) -> pd.DataFrame:
     if len(parts) > 1:
         for part, label in zip(parts, _labels(sweeps), strict=True):
             part.insert(0, "sweep", [label] * len(part))
-    joined = pd.concat(parts, ignore_index=True)
+    joined: pd.DataFrame = pd.concat(parts, ignore_index=True)
     for column in joined.columns[joined.dtypes == "object"]:
         joined[column] = [_as_text(value) for value in joined[column]]
     return joined

@@ -62,7 +62,8 @@ def counted_marks(points: pd.DataFrame, runs: Sequence[Run], marks: Sequence[int
     last = order["number"].map({run.number: run.metrics.get("mark", math.nan) for run in runs})
     order["mark"] = table[np.minimum(nth, len(marks))]
     whole = table[np.minimum(count - 1, len(marks))] == last.to_numpy(dtype="float64")
-    return order.loc[whole, [*REPORT, "mark"]]
+    found: pd.DataFrame = order.loc[whole, [*REPORT, "mark"]]
+    return found
 
 
 def placed(
