@@ -332,8 +332,14 @@ def _pair(
     found = difference(a, b, budget, generator)
     gap = found.interval.value
     spent = min(a.costs_N.sum(), b.costs_N.sum()) / SHARE
-    spent_by_each = Budget(images=float(spent))
-    by_images = difference(a, b, spent_by_each, generator, resamples=1_000, permutations=0)
+    dearest, cheapest = (f(a.costs_N.mean(), b.costs_N.mean()) for f in (max, min))
+    # One trial at least, and not all of them: else the two budgets would not be equal.
+    equal = dearest <= spent <= cheapest * (min(len(a), len(b)) - 1)
+    by_images = (
+        difference(a, b, Budget(images=float(spent)), generator, resamples=1_000, permutations=0)
+        if equal
+        else None
+    )
     early = first.early, second.early
     ranked = min(map(len, early)) >= 2
     delta = probability_better(*early, 1) if ranked else None
@@ -348,8 +354,8 @@ def _pair(
         if images and noise and 0 < gap < noise
         else None,
         "probability": _span(probability_better(a, b, n)),
-        "images": int(spent),
-        "difference_by_images": _span(by_images.interval),
+        "images": None if by_images is None else int(spent),
+        "difference_by_images": None if by_images is None else _span(by_images.interval),
         "cliffs_delta": None
         if delta is None
         else Span(value=2 * delta.value - 1, low=2 * delta.low - 1, high=2 * delta.high - 1),

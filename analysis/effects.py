@@ -262,8 +262,8 @@ def _column(
     units = np.full(len(settings), np.nan)
     if hasattr(distribution, "choices"):
         size = len(distribution.choices)
-        ranks = {str(choice): rank for rank, choice in enumerate(distribution.choices)}
-        taken = [ranks.get(str(value), np.nan) for value in settings[drawn]]
+        ranks = {_level(choice): rank for rank, choice in enumerate(distribution.choices)}
+        taken = [ranks.get(_level(value), np.nan) for value in settings[drawn]]
         units[drawn] = (np.array(taken, dtype=float) + 0.5) / size
         places = np.where(np.isnan(units), -1, np.floor(units * size)).astype(np.int64)
         return _Column(name, units, places, size, True)
@@ -280,6 +280,12 @@ def _column(
         size = min(round((high - low) / step) + 1, GRID)
     units[drawn] = (numbers - low) / (high - low) if high > low else 0.5
     return _Column(name, units, cells(units, size), size, False)
+
+
+def _level(choice: object) -> object:
+    """A level as a key: a whole number is the same in a column of floats."""
+    number = isinstance(choice, int | float | np.number) and not isinstance(choice, bool)
+    return float(choice) if number else str(choice)  # type: ignore[arg-type]
 
 
 def _measure(

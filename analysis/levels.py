@@ -16,6 +16,7 @@ counts only where every level has one.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def levels_of(sweeps: Sequence[SweepFrames], field: str, *, seed: int = 0) -> Le
     table = table[table["level"].notna()]
     table, order, cut = _named(table, field)
     notes += cut
-    running = table["ending"].isin((UNFINISHED, BY_COMMAND))
+    running = table["ending"].isin((UNFINISHED, BY_COMMAND, "lost"))  # a node's fault, if any's
     if running.any():
         notes.append(f"{_trials(int(running.sum()))} left out whose end is not known.")
     table = table[~running]
@@ -140,7 +141,12 @@ def levels_of(sweeps: Sequence[SweepFrames], field: str, *, seed: int = 0) -> Le
             f"{most} trials, drawn by chance, stand for all of {', '.join(large)} in what is "
             "expected of a budget and in the test."
         )
-    apart = field == SWEEP or all(stratified_field(frames) == field for frames in sweeps)
+    alone = table.groupby("sweep_id")["level"].nunique() < 2
+    apart = field == SWEEP or all(
+        (stratified_field(frames) == field and not cut)
+        or bool(alone.get(frames.info["sweep_id"], True))
+        for frames in sweeps
+    )
     return Levels(field, tuple(levels), mark, apart, tuple(notes))
 
 
@@ -159,6 +165,8 @@ def _rows(frames: SweepFrames, field: str, several: bool) -> pd.DataFrame:
         level = pd.Series(name, index=trials.index, dtype="object")
     elif f"param.{field}" in trials:
         level = trials[f"param.{field}"].astype("object")
+        if field in frames.fields and None in _choices(frames, field):  # frames hold it as missing
+            level = level.where(level.notna(), trials["number"].map(frames.fields[field]))
     elif field in frames.fields:
         level = trials["number"].map(frames.fields[field]).astype("object")
     elif trials.empty:
@@ -172,6 +180,12 @@ def _rows(frames: SweepFrames, field: str, several: bool) -> pd.DataFrame:
         sweep_id=info["sweep_id"],
         early_mark=shared_mark(frames)[0],
     )
+
+
+def _choices(frames: SweepFrames, field: str) -> Sequence[object]:
+    text = frames.info["distributions"].get(field, "{}")
+    found: Sequence[object] = json.loads(text).get("attributes", {}).get("choices", ())
+    return found
 
 
 def _known(frames: SweepFrames) -> str:

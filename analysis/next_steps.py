@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom, hypergeom, spearmanr
+from scipy.stats import binom, hypergeom, mannwhitneyu, spearmanr
 
 from analysis.load import FAILED_STATES, SweepFrames
 from analysis.summary import Sureness, joined
@@ -101,17 +101,19 @@ def _ranges(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
             continue
         low, high, log, chance = bounds
         top = drawn.head(max(5, math.ceil(len(drawn) / 10)))
-        values = top[f"param.{name}"].astype("float64").to_numpy()
-        if log:
-            place = np.log(values / low) / math.log(high / low)
-        else:
-            place = (values - low) / (high - low)
-        for up, inside in ((True, place >= 1 - OUTER), (False, place <= OUTER)):
+        place = _places(top[f"param.{name}"], low, high, log)
+        every = _places(drawn[f"param.{name}"], low, high, log)
+        for up, inside, all_inside in (
+            (True, place >= 1 - OUTER, every >= 1 - OUTER),
+            (False, place <= OUTER, every <= OUTER),
+        ):
             middle = float(np.median(place))
             crowded = middle >= 1 - OUTER if up else middle <= OUTER
             n = int(inside.sum())
             # were the place without effect, so many there would be rare in any of the parameters
-            rare = binom.sf(n - 1, len(top), chance) * 2 * len(frames.parameters) < LEVEL
+            # (a sampler that learns draws more there to begin with)
+            share = max(chance, float(all_inside.mean()))
+            rare = binom.sf(n - 1, len(top), share) * 2 * len(frames.parameters) < LEVEL
             if crowded and rare:
                 where = "top" if up else "bottom"
                 yield Step(
@@ -121,6 +123,12 @@ def _ranges(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
                     + (" (on its logarithmic scale)." if log else "."),
                     weight=80.0 + n / len(top),
                 )
+
+
+def _places(values: pd.Series[Any], low: float, high: float, log: bool) -> Any:
+    """Where values lie in their searched range, from 0 to 1."""
+    found = values.astype("float64").to_numpy()
+    return np.log(found / low) / math.log(high / low) if log else (found - low) / (high - low)
 
 
 def _bounds(text: str | None) -> tuple[float, float, bool, float] | None:
@@ -163,46 +171,41 @@ def _audit(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     )
 
 
-def _best_completed(frames: SweepFrames, least: int) -> pd.DataFrame:
-    """The better tenth of the completed trials, at least so many; fewer are no ground."""
-    trials = frames.trials
-    done = trials[(trials["state"] == "completed") & np.isfinite(trials["objective"])]
-    ranked: pd.DataFrame = done.sort_values("objective", ascending=frames.info["mode"] == "min")
-    return ranked.head(max(least, math.ceil(len(done) / 10)))
-
-
 def _length(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     """The best trials still rose when they ended, apart from what a cool-down of the rate gives."""
-    info, top = frames.info, _best_completed(frames, 3)
+    info, trials = frames.info, frames.trials
+    done = trials[(trials["state"] == "completed") & np.isfinite(trials["objective"])]
     until, cooled = 1.0, False
     if {"schedule", "cooldown"} <= set(frames.fields.columns):
-        fields = frames.fields[frames.fields.index.isin(top["number"])]
+        fields = frames.fields[frames.fields.index.isin(done["number"])]
         if (fields["schedule"] == "cosine").any():
             return  # its rate falls all the way: a rise at the end says nothing of a longer run
         rest = pd.to_numeric(fields["cooldown"].where(fields["schedule"] == "wsd"), errors="coerce")
         cooled = bool((rest > 0).any())
         until = 1.0 - float(rest.max()) if cooled else 1.0
     curves = frames.curves
-    of_top = curves[(curves["metric"] == info["objective"]) & curves["number"].isin(top["number"])]
-    table = of_top.pivot_table(index="number", columns="mark", values="value", aggfunc="last")
-    reported = sorted(int(mark) for mark in of_top["mark"].unique())
+    ours = curves[(curves["metric"] == info["objective"]) & curves["number"].isin(done["number"])]
+    table = ours.pivot_table(index="number", columns="mark", values="value", aggfunc="last")
+    reported = sorted(int(mark) for mark in ours["mark"].unique())
     marks = [mark for mark in reported if mark <= until * info["total_images"]]
-    if len(top) < 3 or len(marks) < 2:
+    if len(done) < 3 or len(marks) < 2:
         return
     last = marks[-1]
     early = [mark for mark in marks if mark <= 0.8 * last]
     if not early or last < 0.5 * info["total_images"]:
         return
-    rise = (table[last] - table[early[-1]]).replace([np.inf, -np.inf], np.nan).dropna()
+    # The best by then: those that are best at the end are so by luck, too, which looks like a rise.
+    then = table[early[-1]].sort_values(ascending=info["mode"] == "min")
+    top = then.head(max(3, math.ceil(len(done) / 10))).index
+    rise = (table[last] - table[early[-1]])[top].replace([np.inf, -np.inf], np.nan).dropna()
     rise = rise if info["mode"] == "max" else -rise
     error = sure["standard_error"]
-    least = error / 2 if error is not None else 0.02 * abs(float(top["objective"].median()))
+    least = error / 2 if error is not None else 0.02 * abs(float(table[last][top].median()))
     if len(rise) >= 3 and rise.mean() > max(least, 2 * rise.std(ddof=1) / math.sqrt(len(rise))):
         yield Step(
             action="Train longer: give each trial more epochs.",
-            reason=f"The best {len(rise)} completed trials still gained "
-            f"{rise.mean():.2g} on average between "
-            f"{format_count(early[-1])} and {format_count(last)} images"
+            reason=f"The best {len(rise)} completed trials at {format_count(early[-1])} images "
+            f"still gained {rise.mean():.2g} on average up to {format_count(last)} images"
             + (", before the rate was cooled down." if cooled else "."),
             weight=65.0,
         )
@@ -219,7 +222,11 @@ def _more_trials(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     place = int(np.argmax(values)) + 1
     noise = math.sqrt(2) * (sure["standard_error"] or 0.0)
     gained = values.max() - values[: 3 * len(values) // 4].max()
-    if gained > noise:
+    if not noise:
+        return
+    before = 3 * len(values) // 4  # one record alone is no trend: a fourth of all fall in the rest
+    late = mannwhitneyu(values[before:], values[:before], alternative="greater")
+    if gained > noise and late.pvalue < LEVEL:
         yield Step(
             action="Run more trials of this kind.",
             reason=f"The best one ended as number {place} of {len(values):,} completed trials, "

@@ -176,11 +176,19 @@ def _section(
         "stopping": stopping_section(frames, figures, prefix, advice),
         "compare": None
         if field == "None" or trials.empty
-        else compare_section([frames], field, figures, prefix),
+        else _compared(frames, field, figures, prefix),
         "pictures": pictures_section(pictures, figures, prefix),
         "config": info["config"],
         "versions": info["versions"],
     }
+
+
+def _compared(frames: SweepFrames, field: str, figures: Figures, prefix: str) -> dict[str, Any]:
+    """The levels that a sweep was stratified by, or why they are not compared."""
+    try:
+        return compare_section([frames], field, figures, prefix)
+    except ValueError as error:  # more levels than can be compared
+        return {"refused": str(error)}
 
 
 def _comparison(

@@ -139,17 +139,18 @@ def _cost(
     ]
     if not every:
         lines.append(
-            f"So {_between(first)} of the {first['stopped']} would have won (95 % interval)."
+            f"So {_between(first)} of the {first['stopped']} would have ended above all of those "
+            "(95 % interval)."
         )
-    if regret is not None and regret["better"] > 0:
+    if regret is not None:
+        where = " of its stratum" if strata else ""
+        gap = f"{abs(regret['better']):.4f}"
+        how = f"{gap} better than" if regret["better"] > 0 else f"{gap} short of"
+        how = "equal to" if regret["better"] == 0 else how
         lines.append(
-            f"The best of them, trial {regret['number']}, ended {regret['better']:.4f} better than "
-            f"the best of the others, trial {regret['other']}."
-        )
-    elif regret is not None:
-        lines.append(
-            f"The best of them, trial {regret['number']}, ended {-regret['better']:.4f} short of "
-            f"the best of the others, trial {regret['other']}."
+            f"The best of them{', against its own stratum' if strata else ''}, trial "
+            f"{regret['number']}, ended {how} the best of the others{where}, trial "
+            f"{regret['other']}."
         )
     if not every and first["audited"] < FEW_AUDITED:
         lines.append("An audit of more trials would narrow this down.")

@@ -40,7 +40,7 @@ class Sureness(TypedDict):
     completed: int  # trials with a value at the full resource, the winner among them
     alike: int | None  # of these, those not to be told apart from the winner, without it
     alike_numbers: tuple[int, ...]  # the best of them, winner first
-    optimism: float | None  # at most, were all of these equally good
+    optimism: float | None  # on average, were all of these equally good
     gain: Literal["clear", "noise"] | None  # over the default
     gain_errors: float | None  # the gain in standard errors of a difference
     audited: int | None  # images at which the winner would have been stopped
@@ -58,7 +58,11 @@ def sureness(frames: SweepFrames, summary: Summary) -> Sureness:
         alike=None,
         alike_numbers=(),
         optimism=None,
-        gain=None if gain_errors is None else "noise" if abs(gain_errors) < Z else "clear",
+        gain=None
+        if gain_errors is None
+        else "noise"
+        if abs(gain_errors) < _errors_of_a_best(len(done))
+        else "clear",
         gain_errors=gain_errors,
         audited=None if audited is None or pd.isna(audited) else int(audited),
     )
@@ -78,6 +82,11 @@ def sureness(frames: SweepFrames, summary: Summary) -> Sureness:
     if others:
         sure["optimism"] = winner["standard_error"] * expected_maximum(len(others) + 1)
     return sure
+
+
+def _errors_of_a_best(n: int) -> float:
+    """Standard errors of a difference that the best of n equal ones seldom (2.5 %) gains on one."""
+    return max(Z, float(norm.ppf(1 - 0.025 / max(1, n - 1))))
 
 
 def expected_maximum(n: int) -> float:

@@ -39,7 +39,10 @@ def pair_verdict(pair: Pair, comparison: Comparison) -> str:
     found, objective, n = pair["difference"], comparison["objective"], pair["n"]
     assert found is not None
     assert pair["p_holm"] is not None
-    inside = [text for text in (span(found, objective), p_value(pair["p_holm"])) if text]
+    pairs = sum(each["p"] is not None for each in comparison["pairs"])
+    corrected = f" after Holm's correction for {pairs} pairs" if pairs > 1 else ""
+    chance = p_value(pair["p_holm"]) + corrected
+    inside = [text for text in (span(found, objective), chance) if text]
     each = "at 1 trial each" if n == 1 else f"at {n} trials each"
     if pair["result"] == "undecided":
         if not found["value"]:
@@ -47,16 +50,11 @@ def pair_verdict(pair: Pair, comparison: Comparison) -> str:
         else:
             seen = f"{first} is {amount(found['value'], objective)} ahead {each}"
         text = f"No difference between {first} and {second} that {pair['trials']} trials could show"
-        return f"{text}: {seen} ({', '.join(inside)}).{_needed(pair)}"
+        return f"{text}: {seen} ({', '.join(inside)}).{_needed(pair)}{_images(pair, comparison)}"
     text = f"{first} beats {second} by {amount(found['value'], objective)} {each}"
     text = f"{text} ({', '.join(inside)})."
     if pair["result"] == "better_on_these_images":
-        text += (
-            f" On these {format_count(comparison['val_images'] or 0)} validation images, that is: "
-            f"they tell accuracies apart from {amount(pair['measurement'] or 0.0, objective)} on."
-        )
-        if pair["images_needed"] is not None:
-            text += f" About {_rounded(pair['images_needed'])} would be needed for this one."
+        text += " On these validation images, that is." + _images(pair, comparison)
     return text
 
 
@@ -83,12 +81,16 @@ def overall_verdict(comparison: Comparison) -> str:
     leaders = [row["level"] for row in levels if row["level"] in in_test - beaten]
     others = len(in_test) - 1
     if len(leaders) == 1 and sum(pair["first"] == leaders[0] for pair in won) == others:
-        text = f"{leaders[0]} is the best of the {len(in_test)} levels of {field} compared."
+        here = any(pair["result"] == "better_on_these_images" for pair in won)
+        text = f"{leaders[0]} is the best of the {len(in_test)} levels of {field} compared"
+        text += ", on these images." if here else "."
     elif len(leaders) == 1:
         text = f"{leaders[0]} was beaten by none, but does not beat every other level either."
-    else:
+    elif leaders:
         text = f"{listed(leaders)} were beaten by none, and {trials} trials cannot tell them apart."
-    shown = [pair["text"] for pair in won if pair["first"] in leaders]
+    else:  # each pair has a budget of its own
+        text = "Which level is best depends on the budget: each was beaten by another."
+    shown = [pair["text"] for pair in won if pair["first"] in leaders or not leaders]
     return " ".join([text, *shown, *_caveats(comparison)])
 
 
@@ -106,6 +108,18 @@ def _needed(pair: Pair) -> str:
     return f" About {_rounded(pair['trials_needed'])} trials of each level would show it, if real."
 
 
+def _images(pair: Pair, comparison: Comparison) -> str:
+    """What more trials do not help: the images that all of them are measured on."""
+    if pair["images_needed"] is None:
+        return ""
+    tell = amount(pair["measurement"] or 0.0, comparison["objective"])
+    return (
+        f" The {format_count(comparison['val_images'] or 0)} validation images tell accuracies "
+        f"apart from {tell} on; about {_rounded(pair['images_needed'])} would be needed for this "
+        "difference."
+    )
+
+
 def _rounded(count: int) -> str:
     """Two significant digits: it is an estimate."""
     digits = max(0, len(str(count)) - 2)
@@ -113,8 +127,10 @@ def _rounded(count: int) -> str:
 
 
 def _caveats(comparison: Comparison) -> list[str]:
-    if comparison["apart"] or not comparison["stops"]:
+    if not comparison["stops"]:
         return []
+    if comparison["apart"]:
+        return ["Stopped trials count with what they had reached, which favours fast learners."]
     return [
         "The levels shared their rungs, so trials of one were stopped for the sake of another: a "
         f"part of the difference may be early stopping's (--stratify {comparison['field']} keeps "

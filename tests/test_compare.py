@@ -340,7 +340,8 @@ def test_a_difference_within_the_measurement_is_said_to_be_one() -> None:
     found = verdict(trials, val_images=100)
     (pair,) = found["pairs"]
     assert pair["result"] == "better_on_these_images"
-    assert "On these 100 validation images" in found["verdict"]
+    assert "On these validation images, that is." in found["verdict"]
+    assert "The 100 validation images tell accuracies apart from" in found["verdict"]
     assert pair["images_needed"] is not None
     assert 300 < pair["images_needed"] < 1_000
     assert verdict(trials, val_images=None)["pairs"][0]["measurement"] is None
@@ -500,3 +501,45 @@ def test_the_verb_prints_the_verdict_and_writes_the_page(
     assert answer["verdict"] in " ".join(shown.output.split())
     assert Path(answer["page"]) == tmp_path / "report" / "compare-loss.html"
     assert Path(answer["page"]).exists()
+
+
+def test_wins_that_go_round_are_told_as_such() -> None:
+    """Each pair has a budget of its own, so that a beats b, b beats c, and c beats a."""
+    trials = completed("a", *[0.95] * 10, *[0.1] * 80) + completed("b", *[0.8] * 90)
+    found = verdict(trials + completed("c", *[0.76] * 6))
+    assert "depends on the budget: each was beaten by another" in found["verdict"]
+    assert {pair["result"] for pair in found["pairs"]} <= {"better", "better_on_these_images"}
+
+
+def test_sweeps_of_one_level_each_shared_no_rungs() -> None:
+    stopped = [("x", "pruned", 0.1, 1_000)] * 3
+    one = sweep(normal("a", 0.8, 9, 1) + [("a", *t[1:]) for t in stopped], name="one")
+    other = sweep(normal("b", 0.8, 9, 2) + [("b", *t[1:]) for t in stopped], name="other")
+    assert levels_of([one, other], "loss").apart
+    both = sweep([*normal("a", 0.8, 9, 1), *normal("b", 0.8, 9, 2)], name="both")
+    assert not levels_of([one, both], "loss").apart
+
+
+def test_a_level_that_is_none_is_one() -> None:
+    values = [None, 0.5] * 6
+    frames = sweep([(v, "completed", 0.8, TOTAL) for v in values], "ema_decay")
+    choices = json.dumps(
+        {"name": "CategoricalDistribution", "attributes": {"choices": [None, 0.5]}}
+    )
+    frames.info["distributions"]["ema_decay"] = choices
+    fields = pd.DataFrame({"ema_decay": [str(v) for v in values]}, index=range(len(values)))
+    frames = SweepFrames(frames.info, frames.trials, frames.curves, frames.decisions, fields=fields)
+    assert [level.trials for level in levels_of([frames], "ema_decay").levels] == [6, 6]
+
+
+def test_lost_trials_are_nobodys_fault() -> None:
+    trials = [*normal("a", 0.8, 9, 1), ("b", "lost", 0.1, 1_000), *normal("b", 0.8, 9, 2)]
+    assert [level.failed for level in levels_of([sweep(trials)], "loss").levels] == [0, 0]
+
+
+def test_budgets_in_images_that_buy_no_trial_are_not_compared() -> None:
+    dear = [("a", "completed", 0.9 + i / 1_000, 40_000) for i in range(12)]
+    cheap = [("b", "completed", 0.8 + i / 1_000, 1_000) for i in range(12)]
+    (pair,) = verdict(dear + cheap)["pairs"]
+    assert pair["images"] is None
+    assert pair["difference_by_images"] is None

@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
+import optuna.distributions as d
 import pytest
 
 from analysis.effects import (
@@ -13,6 +15,7 @@ from analysis.effects import (
     shared_mark,
 )
 from analysis.load import load_sweep
+from tests.effect_sweeps import sweep
 
 
 def test_importance_finds_the_planted_parameter(recorded):
@@ -115,3 +118,15 @@ def test_scales_come_from_the_searched_distributions(recorded):
     assert not is_log(recorded, "margin")
     assert is_categorical(recorded, "batch_size")
     assert not is_categorical(recorded, "lr")
+
+
+def test_a_choice_of_whole_numbers_and_fractions_keeps_its_levels() -> None:
+    """In a column of floats the choice 0 is 0.0."""
+    rng = np.random.default_rng(0)
+    drawn = [(0, 0.1, 0.5)[n % 3] for n in range(60)]
+    ranges = {"drop": d.CategoricalDistribution([0, 0.1, 0.5]), "x": d.FloatDistribution(0, 1)}
+    settings = {"drop": [float(v) for v in drawn], "x": rng.uniform(size=60).tolist()}
+    found = importance(sweep(settings, [0.9 if v == 0 else 0.5 for v in drawn], ranges=ranges))
+    assert found.n == 60
+    assert found.shares is not None
+    assert found.shares["drop"] > 0.9

@@ -98,3 +98,8 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     )
     exec(code, scope)
     assert len(scope["frames"].trials) == 2  # type: ignore[attr-defined]
+
+    notebook = re.search(r"```python\n(import plotly.*?)```", README, flags=re.DOTALL)
+    assert notebook is not None
+    exec(notebook[1].replace('"cifar"', f'"{scope["result"].name}"'), scope)  # type: ignore[attr-defined]
+    assert "samples_seen" in Path("train_loss.html").read_text("utf-8")

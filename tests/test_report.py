@@ -15,6 +15,7 @@ from analysis.stopping import rung_table, saving
 from analysis.stopping_plots import rung_figure
 from analysis.tables import leaderboard_rows, level_rows
 from analysis.words import format_duration, format_value
+from tests.built_sweeps import built
 from tests.pages import Markup, headings, read
 
 SECTIONS = (
@@ -366,3 +367,14 @@ def test_audited_trials_are_told_beside_what_was_not_to_be_stopped(
     assert [row["default"] for row in level_rows(frames)] == [None, 0.9, None]
     text = " ".join(read(sweep_store, "audit", tmp_path).text.split())
     assert "2 ran on to show what that costs; 1 of them ended above every trial of its" in text
+
+
+def test_more_levels_than_can_be_compared_are_said(tmp_path):
+    levels = [f"loss{n}" for n in range(12)] * 2
+    frames = built(
+        [0.5 + n / 100 for n in range(24)],
+        params={"loss": levels},
+        config={"stratify": f"loss={','.join(levels[:12])}"},
+    )
+    markup = Markup(write_report(frames, tmp_path).read_text("utf-8"))
+    assert "Not compared: loss has 12 levels" in markup.text

@@ -244,3 +244,27 @@ def test_words() -> None:
         "[broken": "[broken",
     }
     assert {text: format_setting(text) for text in shown} == shown
+
+
+def test_a_plateau_with_noise_is_no_reason_to_train_longer() -> None:
+    """The best at the end are so by luck, too; that looks like a rise."""
+    rng = np.random.default_rng(0)
+    told = 0
+    for _ in range(20):
+        frames = built([0.8] * 40, curve=[1.0] * 8, val_images=400)
+        curves = frames.curves
+        curves["value"] = 0.8 + rng.normal(0, 0.02, len(curves))
+        ends = curves[curves["metric"] == "knn_top1"].drop_duplicates("number", keep="last")
+        frames.trials["objective"] = frames.trials["number"].map(ends.set_index("number")["value"])
+        steps = next_steps(frames, sureness(frames, summarise(frames)))
+        told += any("Train longer" in step["action"] for step in steps)
+    assert told <= 2
+
+
+def test_the_best_of_many_equal_ones_gains_by_chance() -> None:
+    def gain(completed: int) -> str | None:
+        values = [0.80, *[0.78] * (completed - 2), 0.86]  # 2.3 errors of a difference
+        frames = built(values, default=0, val_images=400)
+        return sureness(frames, summarise(frames))["gain"]
+
+    assert (gain(2), gain(100)) == ("clear", "noise")
