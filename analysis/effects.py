@@ -338,5 +338,5 @@ def _stability(
         first=first,
         first_count=int((shares.argmax(axis=1) == names.index(first)).sum()),
         intervals={names[i]: (float(low[i]), float(middle[i]), float(high[i])) for i in order},
-        floor=float(np.percentile(dealt, 95)),
+        floor=min(1.0, float(np.percentile(dealt, 95))),  # more than all of it is no share
     )
