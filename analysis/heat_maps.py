@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -16,7 +17,7 @@ import plotly.graph_objects as go
 from analysis.effects import Comparable
 from analysis.load import SweepFrames
 from analysis.scales import Floats, Scale, scale_of
-from analysis.style import finish
+from analysis.style import COLOUR_BAR, finish
 
 USUAL_PAIRS = (("temperature", "batch_size"), ("temperature", "lr"))
 """Of contrastive losses: the temperature that is best depends on both."""
@@ -28,6 +29,13 @@ MAX_DOTS = 300
 
 WORST_TO_BEST = ((0.0, "#55609f"), (0.35, "#2b8fae"), (0.7, "#6cbf84"), (1.0, "#f0d043"))
 """Visible on white and on the dark background at both ends."""
+
+
+def colour_scale(mode: str) -> list[list[Any]]:
+    """Plotly's colours from the lowest value to the highest, of which the better end is yellow."""
+    if mode == "min":
+        return [[1 - at, colour] for at, colour in reversed(WORST_TO_BEST)]
+    return [list(stop) for stop in WORST_TO_BEST]
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,6 @@ def heat_map_figure(frames: SweepFrames, found: Tiles) -> go.Figure:
     """The tiles by colour, with the trials as rings over them."""
     info, x, y = frames.info, found.x, found.y
     objective = escape(info["objective"])
-    colours = [list(stop) for stop in WORST_TO_BEST]
-    if info["mode"] == "min":
-        colours = [[1 - at, colour] for at, colour in reversed(WORST_TO_BEST)]
     hover = [
         [
             f"{escape(x.parameter)} {escape(x.bin_text(found.x_edges, column))}<br>"
@@ -103,21 +108,10 @@ def heat_map_figure(frames: SweepFrames, found: Tiles) -> go.Figure:
         text=hover,
         hovertemplate="%{text}<extra></extra>",
         hoverongaps=False,
-        colorscale=colours,
+        colorscale=colour_scale(info["mode"]),
         xgap=2,
         ygap=2,
-        colorbar={
-            "orientation": "h",
-            "thickness": 10,
-            "y": 1.0,
-            "ypad": 6,
-            "yanchor": "bottom",
-            "x": 0.5,
-            "len": 1.0,
-            "tickformat": ".3~g",
-            "nticks": 5,
-            "outlinewidth": 0,
-        },
+        colorbar=COLOUR_BAR,
     )
     rows = list(range(len(found.values)))
     if len(found.values) > MAX_DOTS:

@@ -7,7 +7,8 @@ How a trial counts where levels are compared:
   more than the median of its level's completed trials: it has no final value, and whatever that
   had been, it was not one of those that won;
 - a failed one, or one without a value, with the worst value of any trial compared;
-- one that still runs or that a command stopped not at all, since nothing is known of its end.
+- one that still runs, that a command stopped or whose node was lost not at all, since nothing is
+  known of its end.
 
 Each costs the images that it was trained on. The default configuration is nobody's draw: it
 counts only where every level has one.

@@ -15,10 +15,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from analysis.effects import Comparable
-from analysis.heat_maps import WORST_TO_BEST
+from analysis.heat_maps import WORST_TO_BEST, colour_scale
 from analysis.load import SweepFrames
 from analysis.scales import Scale, scale_of
-from analysis.style import GREY, finish
+from analysis.style import COLOUR_BAR, GREY, finish
 
 MAX_AXES = 8
 MAX_LINES = 200
@@ -140,9 +140,6 @@ def _label(figure: go.Figure, row: int, scale: Scale) -> None:
 
 def _colour_bar(figure: go.Figure, frames: SweepFrames, low: float, high: float) -> None:
     """A trace without points, for the bar that tells the colours."""
-    colours = [list(stop) for stop in WORST_TO_BEST]
-    if frames.info["mode"] == "min":
-        colours = [[1 - at, colour] for at, colour in reversed(WORST_TO_BEST)]
     figure.add_scatter(
         x=[None],
         y=[None],
@@ -152,20 +149,9 @@ def _colour_bar(figure: go.Figure, frames: SweepFrames, low: float, high: float)
             "color": [low],
             "cmin": low,
             "cmax": high if high > low else low + 1,
-            "colorscale": colours,
+            "colorscale": colour_scale(frames.info["mode"]),
             "showscale": True,
-            "colorbar": {
-                "orientation": "h",
-                "thickness": 10,
-                "y": 1.0,
-                "ypad": 6,
-                "yanchor": "bottom",
-                "x": 0.5,
-                "len": 1.0,
-                "tickformat": ".3~g",
-                "nticks": 5,
-                "outlinewidth": 0,
-            },
+            "colorbar": COLOUR_BAR,
         },
     )
 

@@ -13,6 +13,7 @@ from analysis.board import board_section
 from analysis.compare_page import compare_section
 from analysis.cost import cost_of
 from analysis.effects_section import effects_section
+from analysis.levels import stratified_field
 from analysis.load import FAILED_STATES, SweepFrames
 from analysis.next_steps import next_steps
 from analysis.page import Figures, render, write_atomic
@@ -131,7 +132,7 @@ def _section(
     cost = cost_of(frames)
     winner_word = "winner" if info["state"] == "finished" else "winner so far"
     failed = trials[trials["state"].isin(FAILED_STATES)]
-    field = info["config"].get("stratify", "None").partition("=")[0]
+    field = stratified_field(frames)
     pareto = pareto_figure(frames)
     last = frames.curves["time"].max()
     return {
@@ -175,7 +176,7 @@ def _section(
         "effects": effects_section(frames, figures, prefix),
         "stopping": stopping_section(frames, figures, prefix, advice),
         "compare": None
-        if field == "None" or trials.empty
+        if field is None or trials.empty
         else _compared(frames, field, figures, prefix),
         "pictures": pictures_section(pictures, figures, prefix),
         "config": info["config"],

@@ -33,6 +33,19 @@ DRAWN_ORDER = (UNFINISHED, "failed", BY_COMMAND, "pruned", "completed")
 """What matters most is drawn last, above all else."""
 WINNER_COLOUR = GREEN
 SERIES_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+COLOUR_BAR = {
+    "orientation": "h",
+    "thickness": 10,
+    "y": 1.0,
+    "ypad": 6,
+    "yanchor": "bottom",
+    "x": 0.5,
+    "len": 1.0,
+    "tickformat": ".3~g",
+    "nticks": 5,
+    "outlinewidth": 0,
+}
+"""Above a figure, as wide as it is."""
 
 HEIGHT = 380
 MAX_LOG_TICKS = 4

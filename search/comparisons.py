@@ -15,6 +15,7 @@ from rich.table import Table
 
 from search.console import out_console, print_json
 from search.options import Json
+from search.reporting import pages_folder, read_back
 
 if TYPE_CHECKING:
     from analysis.compare import Comparison, Span
@@ -38,25 +39,13 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare the levels of a field: expected best at equal budgets, and is it real?"""
-    from analysis import load_sweep
     from analysis.compare import compare as compare_levels
     from analysis.compare_page import write_comparison
     from search.run import Sweep
 
     sweeps = [Sweep.open(directory) for directory in directories]
-    frames = []
-    for each in sweeps:
-        each.record_rest()
-        frames.append(
-            load_sweep(
-                each.tracking_uri, str(each.config.name), sweep_id=each.sweep_id(), metrics=()
-            )
-        )
-    comparison = compare_levels(frames, by, seed=seed)
-    folder = sweeps[0].dir / "report"
-    if len(sweeps) > 1:  # the sweep's own comparison stays
-        folder /= "with-" + "-".join(each.dir.name for each in sweeps[1:])
-    page = write_comparison(comparison, folder)
+    comparison = compare_levels([read_back(each) for each in sweeps], by, seed=seed)
+    page = write_comparison(comparison, pages_folder(sweeps))
     if as_json:
         print_json({"dir": str(sweeps[0].dir), **comparison, "page": str(page)})
         return

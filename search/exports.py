@@ -12,6 +12,7 @@ import typer
 
 from search.console import out_console, print_json
 from search.options import Json
+from search.reporting import read_back
 
 if TYPE_CHECKING:
     from analysis import SweepFrames
@@ -42,17 +43,12 @@ def export_frames(
     as_json: Json = False,
 ) -> None:
     """Write trials, curves, decisions, last values and configurations as tables."""
-    from analysis import load_sweep, with_metrics
+    from analysis import with_metrics
     from analysis.frames import write_frames
     from search.run import Sweep
 
     sweeps = [Sweep.open(directory) for directory in dict.fromkeys(directories)]
-    frames: list[SweepFrames] = []
-    for each in sweeps:
-        each.record_rest()
-        frames.append(
-            load_sweep(each.tracking_uri, str(each.config.name), sweep_id=each.sweep_id())
-        )
+    frames = [read_back(each) for each in sweeps]
     wanted = _metrics(metrics, frames)
     full = [
         with_metrics(

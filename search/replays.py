@@ -17,6 +17,7 @@ from rich.table import Table
 
 from search.console import err_console, out_console, print_json
 from search.options import Json, SweepDir
+from search.reporting import read_back
 
 if TYPE_CHECKING:
     from analysis import SweepFrames
@@ -50,7 +51,6 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Try other early stopping on a recorded sweep: what it saves, and what that costs."""
-    from analysis import load_sweep
     from analysis.replay import write_replay
     from search.replay import replay as replay_settings
     from search.run import Sweep
@@ -59,10 +59,7 @@ def replay(
     reductions = _numbers("--reduction", reduction, int, "2,3,4")
     schedulers = list(dict.fromkeys(name.strip() for name in scheduler.split(",")))
     sweep = Sweep.open(directory)
-    sweep.record_rest()
-    frames = load_sweep(
-        sweep.tracking_uri, str(sweep.config.name), sweep_id=sweep.sweep_id(), metrics=()
-    )
+    frames = read_back(sweep)
     recording = recording_of(frames)
     epochs = recording.total_images / recording.train_images
     if graces is None:

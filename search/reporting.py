@@ -6,6 +6,7 @@ replay, and has `analysis` write the page.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from search.mistakes import INTERRUPTED
 from search.options import Json
 
 if TYPE_CHECKING:
+    from analysis import SweepFrames
     from search.result import SweepResult
     from search.run import Sweep
 
@@ -81,23 +83,35 @@ def make_report(sweeps: list[Sweep]) -> tuple[Path, dict[str, list[dict[str, Any
 
     Returns the page and each sweep's leaderboard.
     """
-    from analysis import leaderboard_rows, load_sweep, write_report
+    from analysis import leaderboard_rows, write_report
     from analysis.artifacts import load_pictures
     from search.advice import advise
 
-    frames, pictures = [], []
-    for each in sweeps:
-        each.record_rest()
-        uri, name = each.tracking_uri, str(each.config.name)
-        frames.append(load_sweep(uri, name, sweep_id=each.sweep_id(), metrics=()))
-        pictures.append(load_pictures(uri, frames[-1].info["run_id"]))
-    folder = sweeps[0].dir / "report"
-    if len(sweeps) > 1:  # a page of its own: the sweep's stays
-        folder /= "with-" + "-".join(each.dir.name for each in sweeps[1:])
+    frames = [read_back(each) for each in sweeps]
+    pictures = [
+        load_pictures(each.tracking_uri, frame.info["run_id"])
+        for each, frame in zip(sweeps, frames, strict=True)
+    ]
     advice = [advise(frame) for frame in frames]
-    page = write_report(frames, folder, advice=advice, pictures=pictures)
+    page = write_report(frames, pages_folder(sweeps), advice=advice, pictures=pictures)
     boards = {
         str(each.config.name): leaderboard_rows(frame)
         for each, frame in zip(sweeps, frames, strict=True)
     }
     return page, boards
+
+
+def read_back(sweep: Sweep) -> SweepFrames:
+    """Bring MLflow up to date and read the sweep from it, of its curves the objective's alone."""
+    from analysis import load_sweep
+
+    sweep.record_rest()
+    return load_sweep(sweep.tracking_uri, str(sweep.config.name), sweep_id=sweep.sweep_id())
+
+
+def pages_folder(sweeps: Sequence[Sweep]) -> Path:
+    """Where pages on these sweeps go; those on several have a folder of their own."""
+    folder = sweeps[0].dir / "report"
+    if len(sweeps) > 1:
+        folder /= "with-" + "-".join(each.dir.name for each in sweeps[1:])
+    return folder
