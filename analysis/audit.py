@@ -59,6 +59,13 @@ class Outcomes:
         """[N], the trials that passed every rung and came to a finite end."""
         return np.isfinite(self.end_N) & ~self.was_stopped
 
+    @property
+    def best_kept(self) -> float | None:
+        """Objective of the best trial that was not stopped; None of several strata or of none."""
+        if len(np.unique(self.stratum_N)) != 1 or not self.ran_through.any():
+            return None
+        return self.sign * float(np.max(self.end_N[self.ran_through]))
+
     @cached_property
     def column(self) -> dict[int, int]:
         """Mark -> its column in `scores_NM`."""

@@ -29,7 +29,7 @@ from analysis.style import (
     log_ticks,
     robust_range,
 )
-from analysis.tables import summarise
+from analysis.tables import winner_of
 
 MAX_POINTS, BEST_POINTS = 500, 50
 """Of more trials, the best ones and others at random are drawn."""
@@ -46,8 +46,7 @@ def parameter_figure(frames: SweepFrames, parameter: str, found: Trend | None = 
         known = ", ".join(frames.parameters) or "none"
         raise ValueError(f"parameter must be one of {known}; got {parameter!r}")
     info, scale = frames.info, scale_of(frames, parameter)
-    winner = summarise(frames)["winner"]
-    won = winner["number"] if winner else None
+    won = winner_of(frames)
     whole = settings_of(frames, parameter)
     table = thinned(whole, info["mode"])
     figure = go.Figure()

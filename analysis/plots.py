@@ -30,7 +30,7 @@ from analysis.style import (
     time_unit,
     upper_range,
 )
-from analysis.tables import Axis, best_so_far, default_number, summarise, trial_row
+from analysis.tables import Axis, best_so_far, default_number, trial_row, winner_of
 from analysis.thinning import MAX_CURVES, changes, sample, shares, thin_curve, thin_dots
 
 
@@ -118,8 +118,7 @@ def learning_curves(frames: SweepFrames, metric: str | None = None) -> go.Figure
     info = frames.info
     metric = metric or info["objective"]
     curves = frames.curves[frames.curves["metric"] == metric]
-    winner = summarise(frames)["winner"]
-    won = winner["number"] if winner else None
+    won = winner_of(frames)
     reported = frames.trials[frames.trials["number"].isin(curves["number"].unique())]
     reported = reported[reported["number"] != won]
     ending = reported["ending"].map(lambda name: group_of(str(name)))

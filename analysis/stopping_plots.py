@@ -152,11 +152,9 @@ def end_figure(
             + ("" if who is unknown else "<br>at the end %{y:.4f}")
             + f"<extra>{name}</extra>",
         )
-    lone = len(np.unique(outcomes.stratum_N)) == 1
-    if lone and outcomes.ran_through.any():
-        best = sign * float(np.max(outcomes.end_N[outcomes.ran_through]))
-        figure.add_hline(y=best, line={"color": GREEN, "width": 1.5, "dash": "dash"})
-    if lone and cutoff is not None:
+    if outcomes.best_kept is not None:
+        figure.add_hline(y=outcomes.best_kept, line={"color": GREEN, "width": 1.5, "dash": "dash"})
+    if cutoff is not None:
         figure.add_vline(x=cutoff, line={"color": GREY, "width": 1.5, "dash": "dot"})
     objective = escape(frames.info["objective"])
     figure = finish(

@@ -261,9 +261,15 @@ def _end_figures(
         cutoff = cutoffs.get(rung)
         caption = f"A dot is a trial; n = {int(ended.sum())} whose end is known"
         caption += f", {audited[rung]} of them audited at this rung." if audited[rung] else "."
-        caption += " Green: the best trial that was not stopped." if lone else ""
-        caption += " Dotted: the cut-off at the last decision, which moves." if cutoff else ""
-        caption += " Audited above the green line: a winner that stopping would have cost."
+        caption += (
+            " Dotted: the cut-off at the last decision, which moves." if cutoff is not None else ""
+        )
+        if outcomes.best_kept is not None:
+            beyond = "above" if frames.info["mode"] == "max" else "below"
+            caption += (
+                f" Green: the best trial that was not stopped. Audited {beyond} the green line: a "
+                "winner that stopping would have cost."
+            )
         if int(ended.sum()) > MOST_POINTS:
             caption += f" At most {MOST_POINTS} of a kind are drawn."
         figure = end_figure(frames, outcomes, rung, cutoff)

@@ -103,6 +103,16 @@ def leaderboard(frames: SweepFrames) -> pd.DataFrame:
     return table[[*LEADERBOARD_COLUMNS, *bracket, *also, *params]]
 
 
+def winner_of(frames: SweepFrames) -> int | None:
+    """Number of the best completed trial; None while none is."""
+    completed = frames.trials[frames.trials["state"] == "completed"]
+    known = completed[completed["objective"].abs() < math.inf]
+    first = known.sort_values(
+        ["objective", "number"], ascending=[frames.info["mode"] == "min", True]
+    )["number"]
+    return None if first.empty else int(first.iloc[0])
+
+
 def leaderboard_rows(frames: SweepFrames, limit: int | None = None) -> list[dict[str, Any]]:
     """The leaderboard as plain Python values (None where missing), parameters without prefix."""
     table = leaderboard(frames).head(limit) if limit is not None else leaderboard(frames)
