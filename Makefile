@@ -1,6 +1,6 @@
 # make demo    a sweep on the built-in digits, about two minutes on two cores, and its report
 # make test    ruff, mypy, pytest
-# make chaos   real drivers, workers, nodes and servers killed, each on its own; about 25 minutes
+# make chaos   real drivers, workers, nodes and servers killed, each on its own; 25 to 45 minutes
 # make bench   tests/bench/bench_*.py, one after another
 #
 # PYTHON=python3.12        the interpreter that makes .venv (3.11 or newer)
