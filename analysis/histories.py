@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.frames import CURVE_COLUMNS, DECISION_COLUMNS, RUNG_METRICS
-from analysis.store import TAG, Run, Store, json_tag, unclipped
+from analysis.store import TAG, Run, Store, parsed_tag, unclipped, whole_tag
 
 REPORT = ["number", "samples_seen", "time"]
 """What tells one report from another: two marks within one batch share a step, not a time."""
@@ -110,12 +110,10 @@ def decisions_frame(store: Store, runs: Sequence[Run], curves: pd.DataFrame) -> 
     return frame.sort_values(["mark", "number"], ignore_index=True)
 
 
-def _decided(run: Run) -> Iterator[list[Any]]:
-    """The rows of a trial's tags `decisions`, `decisions.1` and so on."""
-    tag = "decisions"
-    while TAG + tag in run.tags:
-        yield from json_tag(run.tags, tag, [], run.run_id)
-        tag = f"decisions.{int(tag.partition('.')[2] or 0) + 1}"
+def _decided(run: Run) -> list[list[Any]]:
+    """The rows of a trial's tag `decisions`, which in older records is a list a part."""
+    text = whole_tag(run.tags, "decisions").replace("][", ",")
+    return parsed_tag("decisions", text, run.run_id) if text else []
 
 
 def _from_metrics(store: Store, run_ids: Mapping[int, str], curves: pd.DataFrame) -> pd.DataFrame:

@@ -38,7 +38,7 @@ from analysis.histories import (
     points_of,
     times,
 )
-from analysis.store import TAG, Run, Store, in_one_line, json_tag, parsed_tag
+from analysis.store import TAG, Run, Store, in_one_line, json_tag, parsed_tag, whole_tag
 
 __all__ = [
     "BY_COMMAND",
@@ -88,7 +88,7 @@ def load_sweep(
         points = points_of(store, reporting, [objective])
         curves = placed(store, reporting, points, counted_marks(points, runs, marks))
         decisions = decisions_frame(store, runs, curves)
-    for text in dict.fromkeys(run.tags.get(TAG + "distributions", "{}") for run in runs):
+    for text in dict.fromkeys(whole_tag(run.tags, "distributions") or "{}" for run in runs):
         info["distributions"].update(parsed_tag("distributions", text, info["run_id"]))
     last = _last_frame(runs)
     trials = _trials_frame(runs, info, curves, last)

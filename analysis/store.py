@@ -186,10 +186,18 @@ def _kept(run: Any) -> Run:
     )
 
 
+def whole_tag(tags: Mapping[str, str], tag: str) -> str:
+    """The text of a tag, what goes on in `tag.1` and further ones included; "" without the tag."""
+    parts: list[str] = []
+    while (part := tags.get(f"{TAG}{tag}.{len(parts)}" if parts else TAG + tag)) is not None:
+        parts.append(part)
+    return "".join(parts)
+
+
 def json_tag(tags: Mapping[str, str], tag: str, default: Any, run_id: str) -> Any:
     """The value of a tag that holds JSON, `default` without the tag; see `parsed_tag`."""
-    text = tags.get(TAG + tag)
-    return default if text is None else parsed_tag(tag, text, run_id)
+    text = whole_tag(tags, tag)
+    return parsed_tag(tag, text, run_id) if text else default
 
 
 def parsed_tag(tag: str, text: str, run_id: str) -> Any:

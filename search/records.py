@@ -17,6 +17,16 @@ PARAM_CHARS, TAG_CHARS = 6000, 5000
 """Limits of MLflow."""
 
 
+def json_tags(name: str, value: Any) -> dict[str, str]:
+    """A value as JSON; what of its text is too long for one tag goes on in `name.1` and so on."""
+    text = json.dumps(value, separators=(",", ":"))
+    starts = range(0, len(text), TAG_CHARS)
+    return {
+        f"{name}.{part}" if part else name: text[start : start + TAG_CHARS]
+        for part, start in enumerate(starts)
+    }
+
+
 def plan_tags(header: Event) -> dict[str, Any]:
     """Of a sweep, from its `sweep_started` event: what stays as it began."""
     config = header["config"]
@@ -29,8 +39,8 @@ def plan_tags(header: Event) -> dict[str, Any]:
         "total_images": header["total_images"],
         "train_images": header["data"]["train"],
         "val_images": header["data"]["val"],
-        "rungs": json.dumps(header["rungs"]),
-        "marks": json.dumps(header["marks"]),
+        **json_tags("rungs", header["rungs"]),
+        **json_tags("marks", header["marks"]),
         **{name: config[name] for name in named},
         **{f"version.{name}": value for name, value in header["versions"].items()},
     }
@@ -45,10 +55,10 @@ def progress_tags(state: SweepState) -> dict[str, Any]:
     }
     if state.header["config"].get("also"):
         config = SweepConfig.model_validate(state.header["config"])
-        tags |= {"also": json.dumps(config.also), "also_modes": json.dumps(config.modes[1:])}
+        tags |= json_tags("also", config.also) | json_tags("also_modes", config.modes[1:])
     if state.warm:
         taken = Counter(str(event["source"]["sweep"]) for event in state.warm)
-        tags["warm_start"] = json.dumps(taken)
+        tags |= json_tags("warm_start", taken)
     return tags
 
 
@@ -58,8 +68,8 @@ def trial_tags(trial: TrialState, sweep_id: str) -> dict[str, Any]:
         "kind": "trial",
         "sweep_id": sweep_id,
         "number": trial.number,
-        "params": json.dumps(trial.params),
-        "distributions": json.dumps(trial.distributions),
+        **json_tags("params", trial.params),
+        **json_tags("distributions", trial.distributions),
         "seed": trial.config.get("seed"),
         "source": trial.source,
         "bracket": trial.bracket,
@@ -69,34 +79,28 @@ def trial_tags(trial: TrialState, sweep_id: str) -> dict[str, Any]:
 
 
 def decision_tags(trial: TrialState, objective: str) -> dict[str, str]:
-    """The decisions at a trial's rungs so far, as JSON.
+    """The decisions at a trial's rungs so far, none without any; see `json_tags`.
 
     Each is [mark, samples_seen, value, cutoff, competitors, stop, pause] with null for what there
-    is not. What is too long for one tag goes on, from a whole decision on, in `decisions.1` and
-    further ones.
+    is not.
     """
-    texts: list[str] = []
+    rows: list[list[Any]] = []
     for report in trial.reports.values():
         decision: Mapping[str, Any] = report["decision"]
         if decision["rung"] is None:
             continue
-        row = [
-            int(report["mark"]),
-            int(report["samples_seen"]),
-            report["metrics"].get(objective),
-            decision["cutoff"],
-            decision["competitors"],
-            int(decision["stop"]),
-            int(decision.get("pause", False)),
-        ]
-        text = json.dumps(row, separators=(",", ":"))
-        if texts and len(texts[-1]) + len(text) + len("[,]") <= TAG_CHARS:
-            texts[-1] += f",{text}"
-        else:
-            texts.append(text)
-    return {
-        f"decisions.{part}" if part else "decisions": f"[{text}]" for part, text in enumerate(texts)
-    }
+        rows.append(
+            [
+                int(report["mark"]),
+                int(report["samples_seen"]),
+                report["metrics"].get(objective),
+                decision["cutoff"],
+                decision["competitors"],
+                int(decision["stop"]),
+                int(decision.get("pause", False)),
+            ]
+        )
+    return json_tags("decisions", rows) if rows else {}
 
 
 def report_metrics(event: Event) -> list[Metric]:

@@ -20,9 +20,9 @@ from analysis.frames import TABLES, SweepFrames
 from analysis.histories import decisions_frame
 from analysis.load import load_sweep
 from analysis.sql import tables_of
-from analysis.store import Run, Store
-from search.journal import FILE_NAME, Journal
-from search.records import TAG_CHARS, decision_tags, milliseconds
+from analysis.store import Run, Store, json_tag
+from search.journal import FILE_NAME, Journal, load_state
+from search.records import TAG_CHARS, decision_tags, milliseconds, plan_tags, trial_tags
 from search.simulate import VirtualClock
 from search.state import Event, TrialState
 from search.tracking import Recorder
@@ -257,14 +257,45 @@ def trial_with(rungs: int) -> TrialState:
 def test_many_decisions_go_on_in_further_tags(rungs: int) -> None:
     tags = decision_tags(trial_with(rungs), "knn_top1")
     assert all(len(text) <= TAG_CHARS for text in tags.values())
-    assert sum(len(json.loads(text)) for text in tags.values()) == rungs
+    assert len(json.loads("".join(tags.values()) or "[]")) == rungs
     assert len(tags) == (rungs and 1 + sum(map(len, tags.values())) // TAG_CHARS)
-    prefixed = {f"contrasweep.{key}": text for key, text in tags.items()}
-    run = Run(5, "id", None, None, prefixed, {}, {})
-    frame = decisions_frame(cast(Store, None), [run], pd.DataFrame())
+    frame = decided(tags)
     assert frame["mark"].tolist() == list(range(1, rungs + 1))
     assert frame["value"].isna().tolist() == [mark % 3 == 0 for mark in range(1, rungs + 1)]
     assert frame["stop"].sum() == min(rungs, 1)
+
+
+def decided(tags: dict[str, str]) -> pd.DataFrame:
+    prefixed = {f"contrasweep.{key}": text for key, text in tags.items()}
+    run = Run(5, "id", None, None, prefixed, {}, {})
+    return decisions_frame(cast(Store, None), [run], pd.DataFrame())
+
+
+def test_decisions_that_were_recorded_as_a_list_a_tag_are_read() -> None:
+    parts = ["[[1,8,0.5,null,3,0,0],[2,9,null,0.1,3,0,1]]", "[[3,10,0.25,0.2,4,1,0]]"]
+    older = decided(dict(zip(["decisions", "decisions.1"], parts, strict=True)))
+    assert older.equals(decided({"decisions": "".join(parts).replace("][", ",")}))
+    assert older["mark"].tolist() == [1, 2, 3]
+    assert older["pause"].tolist() == [False, True, False]
+
+
+def test_no_tag_of_a_sweep_or_trial_is_too_long_for_the_store(tmp_path: Path) -> None:
+    """MLflow takes longer ones, but a PostgreSQL or strict MySQL behind it does not."""
+    begin(tmp_path / "s")
+    header = load_state(tmp_path / "s" / FILE_NAME).header
+    long: dict[str, Any] = {"marks": list(range(45, 45_001, 45)), "rungs": [7] * 5_000}
+    choices = [f"choice {number}" for number in range(1_000)]
+    trial = trial_with(0)
+    trial.params, trial.distributions = {"a": "x" * 9_000}, {"a": json.dumps(choices)}
+    tags = {**plan_tags(header | long), **trial_tags(trial, "id")}
+    assert all(len(str(text)) <= TAG_CHARS for text in tags.values())
+    prefixed = {f"contrasweep.{key}": str(text) for key, text in tags.items()}
+    for tag, value in {
+        **long,
+        "params": trial.params,
+        "distributions": trial.distributions,
+    }.items():
+        assert json_tag(prefixed, tag, None, "run") == value
 
 
 @pytest.mark.slow
