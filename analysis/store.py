@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import http.client
 import json
 import math
 import os
+import re
 import ssl
 import sys
 import urllib.error
@@ -18,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from analysis.sql import Point, Tables, tables_of
 
@@ -27,6 +29,9 @@ TAG = "contrasweep."
 PAGE_SIZE = 1_000
 PROBE_TIMEOUT_S = 10.0
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
+SECRET_KEYS = ("password", "passwd", "pwd", "token", "secret", "user", "username", "sslpassword")
+"""Parameters of a URI that are taken out of what is shown."""
+SECRETS = re.compile(rf"(?<=//)[^/\s]*@|\b(?:{'|'.join(SECRET_KEYS)})=[^&\s'\"]*&?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +99,26 @@ def _probe(url: str) -> None:
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):
             raise ValueError(f"cannot reach tracking server {url}: {error.reason}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ValueError(f"cannot reach tracking server {url}: {first_line(error)}") from None
 
 
 def without_credentials(uri: str) -> str:
-    """The URI without user and password, for messages and pages."""
+    """The URI without user, password and secret parameters, for messages and pages."""
     parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.netloc else uri
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    kept = [(key, value) for key, value in query if key.lower() not in SECRET_KEYS]
+    if "@" not in parts.netloc and kept == query:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(kept)).geturl()
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's text: the rest is a stack or a query."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """First line of an error's text, without the credentials of URIs in it.
+
+    The rest is a stack or a query.
+    """
+    return SECRETS.sub("", (str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 class Store:
@@ -204,7 +216,7 @@ def parsed_tag(tag: str, text: str, run_id: str) -> Any:
     """JSON of a tag; ValueError, in one line, for what is none."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         message = f"run {run_id}: tag {TAG}{tag} must be JSON, got {text[:80]!r}"
         raise ValueError(message) from None
 

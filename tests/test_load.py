@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +21,8 @@ from analysis.load import (
     load_sweeps,
     with_metrics,
 )
-from analysis.store import Store
+from analysis.store import Store, first_line, without_credentials
+from search import uris as search_uris
 
 
 def test_info_is_typed(recorded):
@@ -180,6 +183,35 @@ def test_unreadable_stores_are_errors_of_one_line(tmp_path):
             load_sweep(uri, "any")
         assert "\n" not in str(caught.value)
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:secret@host:5000/x",
+        "postgresql://h/db?user=me&password=secret&sslmode=require",
+        "sqlite:////a/b.db",
+    ],
+)
+def test_no_text_shows_the_credentials_of_a_uri(uri):
+    shown = without_credentials(uri)
+    assert shown == search_uris.without_credentials(uri)
+    assert first_line(OSError(f"request to {uri} failed\nhere")) == f"request to {shown} failed"
+
+
+def test_what_answers_but_speaks_no_http_is_an_error_of_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            with server.accept()[0] as asked:
+                asked.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"cannot reach tracking server {uri}: SSH-2.0"):
+            load_sweep(uri, "any")
+        thread.join()
 
 
 def test_analysis_imports_no_other_room_and_no_heavy_library():
