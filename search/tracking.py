@@ -16,8 +16,8 @@ One parent run a sweep, one child run (`mlflow.parentRunId`) a trial, in the exp
 | parent | metrics  | best_OBJECTIVE at step = images spent by the whole sweep                  |
 | parent | dataset  | name, digest, sizes of the splits                                         |
 | parent | artifact | sweep.yaml; best/checkpoint.pt of the best trial                          |
-|        |          | pictures/trial-N/ of the best trials: map.json, neighbours.json and .png, |
-|        |          | views.png, about.json                                                     |
+|        |          | pictures/index.json; pictures/trial-N/ of the best trials: about.json,    |
+|        |          | map.json, neighbours.json and .png, views.png                             |
 | child  | tags     | kind=trial, sweep_id, number, state, reason, default, params and          |
 |        |          | distributions (JSON, searched ones only), seed, node, source, stratum,    |
 |        |          | bracket (from 0, which has all rungs), rung (where it was stopped by the  |
@@ -109,6 +109,9 @@ class Recorder:
         self._children: dict[int, str] = {}
         self._client: MlflowClient | None = None
         self._backlog: list[tuple[int, Event]] = []
+        self._pictured: str | None = None  # the tag of pictures
+        self.unpictured: str | None = None
+        """Why a recorded sweep lacks its pictures, if it does; `sync` tries again."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
@@ -128,7 +131,8 @@ class Recorder:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             self._given_up = True  # from now on another process may record
-            return self._problem or f"the tracking server took more than {timeout_s:g} s"
+            late = f"the tracking server took more than {timeout_s:g} s"
+            return self._problem or (late if self.unpictured is None else None)
         return self._problem
 
     def _run(self) -> None:
@@ -141,9 +145,7 @@ class Recorder:
             except Exception as error:
                 # Whatever a store raises is one more reason to try again later; what is known
                 # of its runs may be out of date by now.
-                reason = " ".join(str(error).split())
-                reason = reason if len(reason) <= 160 else f"{reason[:160]}..."
-                self._problem = redacted(f"{type(error).__name__}: {reason}", self._uri)
+                self._problem = self._told(error)
                 self._parent, self._children = None, {}
                 delay_s = min(30.0, delay_s * 2)
             if stopping and (done or time.monotonic() + POLL_S > self._deadline):
@@ -162,15 +164,29 @@ class Recorder:
             self._state.apply(event)
             self._offset = offset
             self._backlog.append((offset, event))
-        if not self._backlog or not self._state.header:
+        if not self._state.header or not (self._backlog or self._state.ended):
             return
         client = self._connect()
         if self._parent is None:
             self._parent = self._find_or_create_parent(client)
-            cursor = int(client.get_run(self._parent).data.tags.get(PREFIX + "cursor", 0))
+            tags = client.get_run(self._parent).data.tags
+            cursor = int(tags.get(PREFIX + "cursor", 0))
+            self._pictured = tags.get(f"{PREFIX}{PICTURES}")
             self._backlog = [(end, event) for end, event in self._backlog if end > cursor]
         self._upload(client, self._parent, [event for _, event in self._backlog])
         self._backlog.clear()
+        if self._state.ended is not None:
+            try:
+                self.unpictured = "the store of artifacts has not answered"
+                self._upload_pictures(client, self._parent)
+                self.unpictured = None
+            except Exception as error:  # whatever the store of artifacts raises
+                self.unpictured = self._told(error)
+
+    def _told(self, error: Exception) -> str:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 160 else f"{reason[:160]}..."
+        return redacted(f"{type(error).__name__}: {reason}", self._uri)
 
     # ---- to MLflow
 
@@ -254,7 +270,6 @@ class Recorder:
         tags = _prefixed({**progress_tags(self._state), "cursor": self._offset})
         if ended is not None:
             self._upload_ending(client, parent)
-            self._upload_pictures(client, parent)
             status = "FINISHED" if ended["state"] == "finished" else "KILLED"
             client.set_terminated(parent, status, end_time=milliseconds(ended["time"]))
         elif any(event["event"] == "resumed" for event in new):
@@ -374,11 +389,15 @@ class Recorder:
         """Those that the sweep's end made; the tag comes last, so that what it names is there."""
         folder = self._dir / PICTURES
         try:
-            made = json.loads((folder / INDEX).read_text(encoding="utf-8"))["trials"]
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
+        made = json.dumps(index["trials"])
+        if made == self._pictured:  # a completed trial's stay as they are
+            return
         client.log_artifacts(parent, str(folder), PICTURES)
-        client.set_tag(parent, f"{PREFIX}{PICTURES}", json.dumps(made))
+        client.set_tag(parent, f"{PREFIX}{PICTURES}", made)
+        self._pictured = made
 
 
 def _prefixed(tags: Mapping[str, Any]) -> dict[str, str]:

@@ -209,6 +209,42 @@ def test_a_kill_just_before_the_end_is_recorded_leaves_no_running_sweep(
     assert runs_of(uri, "id-s1")[0].info.status == "FINISHED"
 
 
+def test_pictures_that_are_refused_cost_no_record_and_are_sent_again(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sweep(out / "s1").append("sweep_finished", state="finished", reason="")
+    pictures = out / "s1" / "pictures"
+    (pictures / "trial-0").mkdir(parents=True)
+    (pictures / "trial-0" / "about.json").write_text("{}")
+    (pictures / "index.json").write_text('{"trials": [0]}')
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+
+    def refuse(self: MlflowClient, run_id: str, *_: Any) -> None:
+        raise RuntimeError("no credentials")
+
+    recorder = Recorder(out / "s1", uri)
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_artifacts", refuse)
+        recorder.start()
+        assert recorder.stop() is None
+        assert recorder.unpictured == "RuntimeError: no credentials"
+        parent = runs_of(uri, "id-s1")[0]
+        assert (parent.info.status, parent.data.tags["contrasweep.state"]) == (
+            *("FINISHED", "finished"),
+        )
+        assert "contrasweep.pictures" not in parent.data.tags
+    recorder.sync()
+    assert recorder.unpictured is None
+    parent = runs_of(uri, "id-s1")[0]
+    assert parent.data.tags["contrasweep.pictures"] == "[0]"
+    (listed,) = MlflowClient(uri).list_artifacts(parent.info.run_id, "pictures/trial-0")
+    assert listed.path == "pictures/trial-0/about.json"
+    monkeypatch.setattr(MlflowClient, "log_artifacts", refuse)  # they are there
+    another = Recorder(out / "s1", uri)
+    another.sync()
+    assert another.unpictured is None
+
+
 def test_two_sweeps_of_one_name_in_one_store_stay_apart(out: Path) -> None:
     uri = f"sqlite:///{out / 'mlflow.db'}"
     write_sweep(out / "a" / "s1")
