@@ -71,22 +71,23 @@ def make_pictures(
     deadline = time.monotonic() + LIMIT_S
     made: list[int] = []
     try:
-        # A daemon, so that one that hangs does not outlast the process.
-        threading.Thread(target=_work, args=arguments, name="pictures", daemon=True).start()
-        while (result := _next(results, deadline, driver, on_note)) is not None:
-            number, content = result
-            if isinstance(content, str):
-                on_note(f"no pictures of trial {number}: {content}")
-                continue
-            for name, data in content.items():
-                write_atomically(directory / PICTURES / f"trial-{number}" / name, data)
-            made.append(number)
-        if made:
-            _keep(directory / PICTURES, made)
+        try:
+            # A daemon, so that one that hangs does not outlast the process.
+            threading.Thread(target=_work, args=arguments, name="pictures", daemon=True).start()
+            while (result := _next(results, deadline, driver, on_note)) is not None:
+                number, content = result
+                if isinstance(content, str):
+                    on_note(f"no pictures of trial {number}: {content}")
+                    continue
+                for name, data in content.items():
+                    write_atomically(directory / PICTURES / f"trial-{number}" / name, data)
+                made.append(number)
+        finally:
+            over.set()
+            if made:  # what was finished before a disk was full is there
+                _keep(directory / PICTURES, made)
     except Exception as error:  # a full disk, a limit on threads: the sweep has its result
         on_note(f"no further pictures: {' '.join(str(error).split())[:300]}")
-    finally:
-        over.set()
 
 
 def _next(
