@@ -6,7 +6,6 @@ images must be PNG. What cannot be read or is broken is left out with a note.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import tempfile
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from analysis.store import TAG, connect, first_line, store_errors, without_credentials
 
@@ -28,6 +27,8 @@ MAX_SIDE = 4_096
 MAX_POINTS, MOST_NEIGHBOURS = 10_000, 100
 PNG = b"\x89PNG\r\n\x1a\n"
 Name = Annotated[str, Field(max_length=200)]
+NUMBERS = TypeAdapter(list[Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]])
+"""Of trials, as the tag lists them."""
 
 
 class _Content(BaseModel):
@@ -60,6 +61,8 @@ class FeatureMaps(_Content):
         if len(lengths) > 1:
             raise ValueError(f"its lists have different lengths, {sorted(lengths)}")
         _check_labels(self.labels or [], self.classes)
+        if len({each.method for each in self.maps}) < len(self.maps):
+            raise ValueError("it has two maps of one method")
         return self
 
 
@@ -149,17 +152,16 @@ def load_pictures(client_or_uri: Any, run_id: str) -> SweepPictures:
     if listed is None:
         return SweepPictures()
     try:
-        numbers = list(dict.fromkeys(int(number) for number in json.loads(listed)))[:MOST_TRIALS]
-    except (ValueError, TypeError):
+        numbers = list(dict.fromkeys(NUMBERS.validate_json(listed)))[:MOST_TRIALS]
+    except ValidationError:
         return SweepPictures(notes=(f"pictures left out: the tag {TAG + FOLDER} is damaged",))
-    broken: tuple[type[Exception], ...] = (ValueError, *caught)
     trials, notes = [], []
     for number in numbers:
         try:
             trials.append(_load_trial(client, run_id, number))
         except _MissingError:
             notes.append(f"pictures of trial {number} left out: they are not in the store")
-        except broken as error:
+        except Exception as error:  # whatever the library of an artifact store raises
             notes.append(f"pictures of trial {number} left out: {first_line(error)[:300]}")
     if not trials and notes and all(note.endswith("not in the store") for note in notes):
         place = without_credentials(str(run.info.artifact_uri))
@@ -215,8 +217,11 @@ def _parsed(name: str, kind: type[Kind], files: dict[str, bytes]) -> Kind:
         return kind.model_validate_json(files[name])
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("format",) and first["type"] == "literal_error":
+            raise ValueError(f"{name} was made by another version") from None
         where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{name} is damaged: {where} {first['msg']}".replace("\n", " ")) from None
+        why = f"{where} {first['msg'].removeprefix('Value error, ')}".strip()
+        raise ValueError(f"{name} is damaged: {why}".replace("\n", " ")) from None
 
 
 def sheet_size(png: bytes) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from html import escape
 from typing import Any
 
@@ -19,6 +20,7 @@ from analysis.artifacts import (
     load_pictures,
     sheet_size,
 )
+from analysis.frames import SweepFrames
 from analysis.page import Figures
 from analysis.style import BLUE, GREY, ORANGE, SERIES_COLOURS, finish
 
@@ -40,9 +42,15 @@ METHODS = {"pca": "PCA", "umap": "UMAP"}
 
 
 def pictures_section(
-    pictures: SweepPictures | None, figures: Figures, prefix: str
+    pictures: SweepPictures | None,
+    figures: Figures,
+    prefix: str,
+    frames: SweepFrames | None = None,
 ) -> dict[str, Any] | None:
-    """What the template `pictures.html.j2` reads; None without pictures and notes."""
+    """What the template `pictures.html.j2` reads; None without pictures and notes.
+
+    With `frames` it is told where other trials are the best by now than those in the pictures.
+    """
     if pictures is None or not (pictures.trials or pictures.notes):
         return None
     notes = list(pictures.notes)
@@ -75,7 +83,18 @@ def pictures_section(
                 },
             }
         )
-    return {"trials": trials, "notes": notes}
+    shown = [each.about.trial for each in pictures.trials]
+    best = shown if frames is None else _best_completed(frames, len(shown))
+    return {"trials": trials, "notes": notes, "overtaken_by": best if best != shown else []}
+
+
+def _best_completed(frames: SweepFrames, count: int) -> list[int]:
+    """Numbers of the best completed trials, best first."""
+    completed = frames.trials[frames.trials["state"] == "completed"]
+    known = completed[completed["objective"].abs() < math.inf]
+    ascending = [frames.info["mode"] == "min", True]
+    ordered = known.sort_values(["objective", "number"], ascending=ascending)["number"]
+    return [int(number) for number in ordered.head(count)]
 
 
 def map_figure(found: FeatureMap, maps: FeatureMaps, about: About) -> go.Figure:
@@ -95,11 +114,14 @@ def map_figure(found: FeatureMap, maps: FeatureMaps, about: About) -> go.Figure:
             trace.marker.update({"colorscale": RAMP, "opacity": 0.5, "size": 5})
             trace.update(text=[escape(_short(maps.classes[label])) for label in labels])
             trace.update(hovertemplate="%{text}<extra></extra>")
+            _name_classes(trace, [maps.classes[label] for label in labels])
             figure.add_trace(trace)
         for place, label in enumerate(sorted(frequent)):
             colour = SERIES_COLOURS[place % len(SERIES_COLOURS)]
             name = maps.classes[label]
-            figure.add_trace(_markers(found, rows[label], name, colour, SYMBOLS[place]))
+            trace = _markers(found, rows[label], name, colour, SYMBOLS[place])
+            _name_classes(trace, [name] * len(rows[label]))
+            figure.add_trace(trace)
     method = METHODS[found.method]
     x, y = (
         f"{method} {axis + 1}"
@@ -127,8 +149,16 @@ def _markers(
     )
 
 
+def _name_classes(trace: go.Scatter, names: list[str]) -> None:
+    """Enter each marker's class, uncut, for the CSV of the figure."""
+    trace.update(customdata=names, meta=["class"])
+
+
 def _map_caption(found: FeatureMap, maps: FeatureMaps, about: About) -> str:
-    text = f"n = {about.images:,} of {about.val_images:,} validation images, a marker each. "
+    text = (
+        f"n = {about.images:,} of {about.val_images:,} validation images, a marker each, as the "
+        f"encoder {about.encoder} sees them after {about.mark:,} images. "
+    )
     if found.explained is not None:
         text += (
             f"Of the {about.features} dimensions of their features, at length 1, these two axes "

@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from analysis.artifacts import parse_pictures
+from analysis.frames import SweepFrames
 from analysis.page import Figures, render
 from analysis.pictures import SweepPictures, load_pictures, map_figure, pictures_section
 from search import Sweep, SweepConfig
@@ -198,6 +199,22 @@ def test_a_folder_that_cannot_be_written_costs_a_note(
     assert sweep.notes[0].startswith("no further pictures: ")
 
 
+def test_what_was_made_before_the_disk_was_full_is_kept(
+    ended: Callable[[list[float]], Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = ended([0.9, 0.8])
+    original = made.write_atomically
+
+    def full(path: Path, content: str | bytes) -> None:
+        if path.parent.name == "trial-1" and path.name == "views.png":
+            raise OSError(28, "No space left on device")
+        original(path, content)
+
+    monkeypatch.setattr(made, "write_atomically", full)
+    assert sweep.make() == [0]
+    assert sweep.notes == ["no further pictures: [Errno 28] No space left on device"]
+
+
 def test_pictures_of_an_earlier_end_stay_where_there_are_no_new_ones(
     ended: Callable[[list[float]], Ended],
 ) -> None:
@@ -257,6 +274,10 @@ def damage(files: dict[str, bytes], name: str, **changes: Any) -> bytes:
     return json.dumps({**json.loads(files[name]), **changes}).encode()
 
 
+def twice(files: dict[str, bytes]) -> bytes:
+    return damage(files, "map.json", maps=json.loads(files["map.json"])["maps"] * 2)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
@@ -264,8 +285,14 @@ def damage(files: dict[str, bytes], name: str, **changes: Any) -> bytes:
         ("views.png", lambda files: bytes(5 << 20), "views.png has 5,242,880 bytes, more than"),
         ("map.json", lambda files: b"{", "map.json is damaged"),
         ("map.json", lambda files: damage(files, "map.json", labels=[99] * 60), "outside the 10"),
+        ("map.json", twice, "map.json is damaged: it has two maps of one method"),
         ("map.json", lambda files: damage(files, "map.json", labels=[1]), "different lengths"),
-        ("about.json", lambda files: damage(files, "about.json", format=2), "about.json is dam"),
+        (
+            "about.json",
+            lambda files: damage(files, "about.json", format=2),
+            "made by another version",
+        ),
+        ("about.json", lambda files: damage(files, "about.json", mark="x"), "is damaged: mark Inp"),
         ("about.json", lambda files: damage(files, "about.json", trial=3), "is of trial 3"),
         (
             "neighbours.json",
@@ -297,10 +324,27 @@ def test_one_trial_of_two_may_be_missing(uploaded: tuple[MlflowClient, str, Path
     found = load_pictures(client, run_id)
     assert [trial.about.trial for trial in found.trials] == [0]
     assert found.notes == ("pictures of trial 7 left out: they are not in the store",)
-    client.set_tag(run_id, "contrasweep.pictures", "[0")
-    assert "is damaged" in load_pictures(client, run_id).notes[0]
+    for damaged in ("[0", "0", "[Infinity]", "[1e999]", "[true]", "[-1]", "[" * 7_000):
+        client.set_tag(run_id, "contrasweep.pictures", damaged)
+        assert "is damaged" in load_pictures(client, run_id).notes[0]
     client.delete_tag(run_id, "contrasweep.pictures")
     assert load_pictures(client, run_id) == SweepPictures()
+
+
+def test_a_store_of_artifacts_that_refuses_costs_a_note(
+    uploaded: tuple[MlflowClient, str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, run_id, _ = uploaded
+
+    class ClientError(Exception):
+        """As botocore's, which is no OSError."""
+
+    def refuse(self: MlflowClient, run_id: str, path: str) -> None:
+        raise ClientError("ExpiredToken at s3://me:secret@bucket")
+
+    monkeypatch.setattr(MlflowClient, "list_artifacts", refuse)
+    note = "pictures of trial 0 left out: ExpiredToken at s3://bucket"
+    assert load_pictures(client, run_id) == SweepPictures(notes=(note,))
 
 
 def test_artifacts_of_another_machine_cost_one_line(
@@ -312,15 +356,18 @@ def test_artifacts_of_another_machine_cost_one_line(
     assert found.trials == ()
     (note,) = found.notes
     assert note.startswith("The pictures of this sweep cannot be read from here: they lie in ")
-    assert pictures_section(found, Figures(), "s0") == {"trials": [], "notes": [note]}
+    section = pictures_section(found, Figures(), "s0")
+    assert section == {"trials": [], "notes": [note], "overtaken_by": []}
 
 
 # ---- on the page
 
 
-def section(pictures: SweepPictures) -> tuple[dict[str, Any], Figures, str]:
+def section(
+    pictures: SweepPictures, frames: SweepFrames | None = None
+) -> tuple[dict[str, Any], Figures, str]:
     figures = Figures()
-    found = pictures_section(pictures, figures, "s0")
+    found = pictures_section(pictures, figures, "s0", frames)
     assert found is not None
     page = render("pictures.html.j2", figures, s={"pictures": found})
     return found, figures, page
@@ -336,7 +383,7 @@ def test_the_page_shows_map_neighbours_and_views(files: dict[str, bytes]) -> Non
     styles = {(trace["marker"]["color"], trace["marker"]["symbol"]) for trace in traces}
     assert len(styles) == len({symbol for _, symbol in styles}) == 10
     assert sum(len(trace["x"]) for trace in traces) == 60
-    assert "n = 60 of 60 validation images" in page
+    assert "n = 60 of 60 validation images, a marker each, as the encoder conv_small sees" in page
     assert "a &lt;note&gt;" in page
     assert "trial 0: knn_top1 0.75, trial 4: knn_top1 0.5" in page
     assert page.count("<img ") == page.count('src="data:image/png;base64,') == 4
@@ -350,6 +397,21 @@ def test_the_page_shows_map_neighbours_and_views(files: dict[str, bytes]) -> Non
     assert "crops of at least 20% of the area" in page
     width, height = Image.open(io.BytesIO(files["views.png"])).size
     assert f'width="{width}" height="{height}"' in page
+
+
+def test_pictures_of_an_earlier_end_are_not_called_the_best(
+    files: dict[str, bytes], recorded: SweepFrames
+) -> None:
+    """The sweep goes on after its end: trial 10 leads by now."""
+
+    def told(number: int) -> str:
+        of = {**files, "about.json": damage(files, "about.json", trial=number)}
+        return section(SweepPictures((parse_pictures(of),)), recorded)[2]
+
+    assert "Encoders of the best completed trial (trial 10: " in told(10)
+    assert "The best by now" not in told(10)
+    assert "of a completed trial that was among the best when these pictures" in told(0)
+    assert "The best by now: trial 10.</p>" in told(0)
 
 
 def test_without_pictures_there_is_no_part() -> None:
@@ -389,6 +451,9 @@ def test_of_many_classes_ten_are_named(files: dict[str, bytes]) -> None:
     assert min(len(trace.x) for trace in named) >= 2
     assert all(trace.name.startswith("&lt;i&gt;") for trace in named)
     assert all(text.startswith("&lt;i&gt;") for text in others.text)
+    classes = [(trace.meta, name) for trace in figure.data for name in trace.customdata]
+    assert sorted(name for _, name in classes) == sorted(names[label] for label in labels)
+    assert {meta for meta, _ in classes} == {("class",)}
     _, _, page = section(SweepPictures((many,)))
     assert f"Named are the 10 most frequent of {len(set(labels))} classes." in page
     assert "<i>" not in page.split("<script")[0].replace("<i>●", "")
