@@ -110,6 +110,15 @@ def test_figures_are_as_wide_as_their_place_once_opened(browser: Browser, page: 
     browser.evaluate("document.getElementById('s1-effects').open = true")
     browser.evaluate(SETTLE)
     assert max(browser.evaluate(gaps)) < 2
+    # printed: as wide as the sheet's columns at once, and back again
+    browser.resize(1200)
+    browser.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert browser.evaluate("document.querySelector('main').clientWidth") == 700
+    assert max(browser.evaluate(gaps)) < 2
+    browser.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert browser.evaluate("document.querySelector('main').clientWidth") > 1000
+    browser.evaluate(SETTLE)
+    assert max(browser.evaluate(gaps)) < 2
 
 
 @needs_chromium

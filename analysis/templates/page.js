@@ -6,7 +6,7 @@
   var dark = window.matchMedia("(prefers-color-scheme: dark)");
   var touch = window.matchMedia("(pointer: coarse)").matches;
   var config = {responsive: true, displaylogo: false, showTips: false, displayModeBar: false};
-  var drawn = {};
+  var drawn = {}, printing = false;
 
   function draw(id) {
     var node = document.getElementById(id);
@@ -15,15 +15,26 @@
       template: {layout: dark.matches ? themes.dark : themes.light},
       dragmode: touch ? false : "zoom"  // a finger on a figure scrolls the page
     });
+    if (printing) layout.width = node.clientWidth;  // at once; by itself it would be too late
     drawn[id] = true;
     Plotly.react(node, figures[id].data, layout, config);
   }
   function seen(node) { return node.getClientRects().length > 0; }  // not in closed details
-  function drawAll(once) {
+  function drawAll() {
     Object.keys(figures).forEach(function (id) {
       var node = document.getElementById(id);
-      if (node && seen(node) && !(once && drawn[id])) draw(id);
+      if (node && seen(node)) draw(id);
     });
+  }
+  function print(on) {  // a sheet is narrower than most windows
+    printing = on;
+    document.documentElement.classList.toggle("printing", on);
+    drawAll();
+    if (!on) Object.keys(drawn).forEach(resize);
+  }
+  function resize(id) {
+    var node = document.getElementById(id);
+    if (seen(node)) Plotly.Plots.resize(node);
   }
 
   var watch = new IntersectionObserver(function (entries) {
@@ -40,7 +51,7 @@
   document.addEventListener("toggle", function (event) {
     if (!event.target.open) return;
     event.target.querySelectorAll(".plot").forEach(function (node) {
-      if (drawn[node.id] && seen(node)) Plotly.Plots.resize(node);
+      if (drawn[node.id]) resize(node.id);
     });
   }, true);
 
@@ -62,9 +73,10 @@
   window.addEventListener("beforeprint", function () {
     closed = Array.from(document.querySelectorAll("details:not([open])"));
     closed.forEach(function (node) { node.open = true; });
-    drawAll(true);
+    print(true);
   });
   window.addEventListener("afterprint", function () {
+    print(false);
     closed.forEach(function (node) { node.open = false; });
   });
 
