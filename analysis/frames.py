@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import pandas as pd
 
@@ -75,6 +75,7 @@ class SweepInfo(TypedDict):
     commit: str | None
     config: dict[str, str]
     distributions: dict[str, str]  # searched parameter -> Optuna's JSON of its range
+    several_ranges: NotRequired[tuple[str, ...]]  # whose range, the widest, is not each trial's
 
 
 def _no_rows() -> pd.DataFrame:
@@ -86,9 +87,9 @@ class SweepFrames:
     """One sweep.
 
     `trials`: one row a trial, TRIAL_COLUMNS and one column `param.NAME` for each searched
-    parameter (missing where a conditional parameter was not drawn), and `also.NAME` for each
-    further objective. `ending` is one of ENDINGS, `objective` the last value reported, `rung` the
-    images of the rung where the scheduler stopped the trial.
+    parameter (missing where a conditional parameter was not drawn, the text "None" where None was
+    drawn), and `also.NAME` for each further objective. `ending` is one of ENDINGS, `objective` the
+    last value reported, `rung` the images of the rung where the scheduler stopped the trial.
     `curves`: one row a trial, metric and report, CURVE_COLUMNS, in order of time.
     `decisions`: one row a trial and rung reached, DECISION_COLUMNS.
     `last`: by `number`, one float64 column a metric: its last value (missing: never reported).

@@ -17,7 +17,6 @@ counts only where every level has one.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,8 +165,6 @@ def _rows(frames: SweepFrames, field: str, several: bool) -> pd.DataFrame:
         level = pd.Series(name, index=trials.index, dtype="object")
     elif f"param.{field}" in trials:
         level = trials[f"param.{field}"].astype("object")
-        if field in frames.fields and None in _choices(frames, field):  # frames hold it as missing
-            level = level.where(level.notna(), trials["number"].map(frames.fields[field]))
     elif field in frames.fields:
         level = trials["number"].map(frames.fields[field]).astype("object")
     elif trials.empty:
@@ -181,12 +178,6 @@ def _rows(frames: SweepFrames, field: str, several: bool) -> pd.DataFrame:
         sweep_id=info["sweep_id"],
         early_mark=shared_mark(frames)[0],
     )
-
-
-def _choices(frames: SweepFrames, field: str) -> Sequence[object]:
-    text = frames.info["distributions"].get(field, "{}")
-    found: Sequence[object] = json.loads(text).get("attributes", {}).get("choices", ())
-    return found
 
 
 def _known(frames: SweepFrames) -> str:

@@ -9,6 +9,7 @@ objective's are read where they are asked for.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -88,8 +89,13 @@ def load_sweep(
         points = points_of(store, reporting, [objective])
         curves = placed(store, reporting, points, counted_marks(points, runs, marks))
         decisions = decisions_frame(store, runs, curves)
-    for text in dict.fromkeys(whole_tag(run.tags, "distributions") or "{}" for run in runs):
-        info["distributions"].update(parsed_tag("distributions", text, info["run_id"]))
+    texts = dict.fromkeys(whole_tag(run.tags, "distributions") or "{}" for run in runs)
+    ranges: dict[str, dict[str, None]] = {}
+    for text in texts:
+        for key, each in parsed_tag("distributions", text, info["run_id"]).items():
+            ranges.setdefault(key, {})[each] = None
+    info["distributions"] |= {key: _widest(list(several)) for key, several in ranges.items()}
+    info["several_ranges"] = tuple(key for key, several in ranges.items() if len(several) > 1)
     last = _last_frame(runs)
     trials = _trials_frame(runs, info, curves, last)
     frames = SweepFrames(info, trials, curves, decisions, last, _fields_frame(runs))
@@ -249,8 +255,31 @@ def _trials_frame(
     }
     drawn = [json_tag(run.tags, "params", {}, run.run_id) for run in runs]
     for name in sorted({name for params in drawn for name in params}):
-        more[f"param.{name}"] = _typed([params.get(name) for params in drawn])
+        # a None that was drawn is a level of its choice; one without the parameter is missing
+        more[f"param.{name}"] = _typed(
+            ["None" if params.get(name, "") is None else params.get(name) for params in drawn]
+        )
     return pd.concat([frame, pd.DataFrame(more, index=frame.index)], axis="columns")
+
+
+def _widest(ranges: Sequence[str]) -> str:
+    """The range of numbers that holds all of these, as Optuna's JSON; of choices the last."""
+    if len(ranges) == 1:
+        return ranges[0]
+    found = [json.loads(text) for text in ranges]
+    if any("low" not in each["attributes"] for each in found):
+        return ranges[-1]
+    whole = all(each["name"] == "IntDistribution" for each in found)
+    low = min(each["attributes"]["low"] for each in found)
+    high = max(each["attributes"]["high"] for each in found)
+    attributes = {
+        "log": all(each["attributes"].get("log", False) for each in found),
+        "step": 1 if whole else None,  # steps from several starts have no grid in common
+        "low": low,
+        "high": high,
+    }
+    name = "IntDistribution" if whole else "FloatDistribution"
+    return json.dumps({"name": name, "attributes": attributes})
 
 
 def _last_frame(runs: Sequence[Run]) -> pd.DataFrame:

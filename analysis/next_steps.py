@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom, hypergeom, mannwhitneyu, spearmanr
 
-from analysis.load import FAILED_STATES, SweepFrames
+from analysis.load import FAILED_STATES, SweepFrames, SweepInfo
 from analysis.summary import Sureness, joined
 from analysis.words import ENDING_LABELS, format_count, format_value
 
@@ -25,6 +25,8 @@ OUTER = 0.1
 LEAST_COMPLETED = 10
 LEAST_FOR_ORDER = 20
 LEAST_FAILED = 3
+UNSTOPPED_SAMPLERS = ("gp", "nsga2")
+"""Samplers that learn from whole trials alone, so that no scheduler goes with them."""
 LEVEL = 0.05
 """Chance of a false advice on ranges, and on where trials fail, in the whole sweep."""
 
@@ -96,10 +98,13 @@ def _ranges(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     ranked = done.sort_values("objective", ascending=frames.info["mode"] == "min")
     for name in frames.parameters:
         bounds = _bounds(frames.info["distributions"].get(name))
-        drawn = ranked[ranked[f"param.{name}"].notna()]
-        if bounds is None or len(drawn) < LEAST_COMPLETED:
-            continue
+        if bounds is None or name in frames.info.get("several_ranges", ()):
+            continue  # in a range that is not every trial's, an end says nothing
         low, high, log, chance = bounds
+        settings = pd.to_numeric(ranked[f"param.{name}"], errors="coerce")
+        drawn = ranked[settings.between(low, high)]
+        if len(drawn) < LEAST_COMPLETED:
+            continue
         top = drawn.head(max(5, math.ceil(len(drawn) / 10)))
         place = _places(top[f"param.{name}"], low, high, log)
         every = _places(drawn[f"param.{name}"], low, high, log)
@@ -244,12 +249,24 @@ def _more_trials(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
         )
 
 
+def early_stopping_options(info: SweepInfo) -> list[str]:
+    """What switches plain successive halving on in the command of such a sweep, if it was not."""
+    options = []
+    if info["sampler"] in UNSTOPPED_SAMPLERS:
+        options.append("--sampler tpe")
+    if info["scheduler"] != "asha":
+        options.append("--scheduler asha")
+    if info["config"].get("brackets", "1") != "1":
+        options.append("--brackets 1")
+    return options
+
+
 def _early_stopping(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     """No scheduler, and the order of the trials shows early."""
     info, trials = frames.info, frames.trials
     done = trials[(trials["state"] == "completed") & np.isfinite(trials["objective"])]
-    if info["rungs"] or len(frames.decisions) or len(done) < LEAST_COMPLETED:
-        return
+    if info["rungs"] or len(frames.decisions) or len(done) < LEAST_COMPLETED or info["also"]:
+        return  # several objectives need a sampler that goes with no scheduler
     curves = frames.curves[frames.curves["metric"] == info["objective"]]
     early = curves[curves["mark"] <= info["total_images"] / 3]
     early = early[early["number"].isin(done["number"])]
@@ -266,7 +283,7 @@ def _early_stopping(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
     if order.statistic >= 0.5 and order.pvalue < LEVEL:
         saved = 0.5 * (1 - mark / info["total_images"])
         yield Step(
-            action="Switch early stopping on (--scheduler asha).",
+            action=f"Switch early stopping on ({' '.join(early_stopping_options(info))}).",
             reason=f"The order of the trials at {format_count(mark)} images agreed with that at "
             f"the end (rank correlation {order.statistic:.2f}, n = {len(both)}); ending the worse "
             f"half there would have saved {saved:.0%} of the images.",

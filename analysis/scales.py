@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -146,7 +146,7 @@ def is_categorical(frames: SweepFrames, parameter: str) -> bool:
 
 
 def distribution_of(frames: SweepFrames, parameter: str) -> BaseDistribution | None:
-    """Optuna's distribution of a parameter, the last one of a range that changed; None: unknown."""
+    """Optuna's distribution of a parameter, the widest of several ranges; None: unknown."""
     from optuna.distributions import json_to_distribution
 
     text = frames.info["distributions"].get(parameter)
@@ -154,11 +154,10 @@ def distribution_of(frames: SweepFrames, parameter: str) -> BaseDistribution | N
 
 
 def _levels(settings: Sequence[object]) -> list[str]:
-    """Each level once: numbers by size, everything else by name."""
-    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in settings)
-    if numeric:
-        return [_text(level) for level in sorted(set(cast("Sequence[float]", settings)))]
-    return sorted({_text(level) for level in settings})
+    """Each level once: numbers by size, then everything else by name."""
+    numbers = {v for v in settings if isinstance(v, int | float) and not isinstance(v, bool)}
+    others = {_text(v) for v in settings if isinstance(v, bool) or not isinstance(v, int | float)}
+    return [*map(_text, sorted(numbers)), *sorted(others)]
 
 
 def _text(value: object) -> str:

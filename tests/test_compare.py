@@ -521,15 +521,12 @@ def test_sweeps_of_one_level_each_shared_no_rungs() -> None:
 
 
 def test_a_level_that_is_none_is_one() -> None:
-    values = [None, 0.5] * 6
-    frames = sweep([(v, "completed", 0.8, TOTAL) for v in values], "ema_decay")
-    choices = json.dumps(
-        {"name": "CategoricalDistribution", "attributes": {"choices": [None, 0.5]}}
-    )
-    frames.info["distributions"]["ema_decay"] = choices
-    fields = pd.DataFrame({"ema_decay": [str(v) for v in values]}, index=range(len(values)))
-    frames = SweepFrames(frames.info, frames.trials, frames.curves, frames.decisions, fields=fields)
-    assert [level.trials for level in levels_of([frames], "ema_decay").levels] == [6, 6]
+    searched = sweep([(v, "completed", 0.8, TOTAL) for v in ["None", 0.5] * 6], "ema_decay")
+    fixed = sweep([("x", "completed", 0.8, TOTAL)] * 3, name="fixed")
+    fields = pd.DataFrame({"ema_decay": ["None"] * 3}, index=range(3))
+    fixed = SweepFrames(fixed.info, fixed.trials, fixed.curves, fixed.decisions, fields=fields)
+    levels = levels_of([searched, fixed], "ema_decay").levels
+    assert {level.name: level.trials for level in levels} == {"None": 9, "0.5": 6}
 
 
 def test_lost_trials_are_nobodys_fault() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import math
 import random
 
 import numpy as np
 import optuna.distributions as d
+import pandas as pd
 import pytest
 
 from analysis.effects import (
@@ -14,7 +16,13 @@ from analysis.effects import (
     parameter_frame,
     shared_mark,
 )
+from analysis.frames import write_frames
+from analysis.levels import levels_of
 from analysis.load import load_sweep
+from analysis.next_steps import next_steps
+from analysis.scales import distribution_of, scale_of
+from analysis.summary import sureness
+from analysis.tables import leaderboard_rows, summarise, trial_params
 from tests.effect_sweeps import sweep
 
 
@@ -92,6 +100,62 @@ def test_a_default_outside_the_searched_range_is_left_out(sweep_store, record_sw
     result = importance(load_sweep(sweep_store, "outside"))
     assert result.n == 11
     assert result.shares is not None
+
+
+@pytest.fixture(scope="module")
+def conditional(sweep_store, record_sweep, fake_trial):
+    """A choice that has None, a parameter of one loss alone, another whose range is the loss's."""
+    low, high = d.FloatDistribution(1e-4, 1e-2, log=True), d.FloatDistribution(0.1, 2.0, log=True)
+    average = d.CategoricalDistribution([None, 0.99, 0.999])
+    loss = d.CategoricalDistribution(["byol", "margin"])
+    trials = []
+    for n in range(12):
+        margin = n % 2 == 1
+        params = {
+            "loss": "margin" if margin else "byol",
+            "lr": 0.1 * 1.2**n if margin else 1e-4 * 1.3**n,
+            "ema_decay": average.choices[n % 3],
+        }
+        ranges = {"loss": loss, "lr": high if margin else low, "ema_decay": average}
+        if margin:
+            params["margin"], ranges["margin"] = 0.5 + n / 10, d.FloatDistribution(0.1, 2.0)
+        tags = {
+            "distributions": json.dumps({k: d.distribution_to_json(r) for k, r in ranges.items()})
+        }
+        values = [0.5 + 0.02 * n + (0.2 if n % 3 == 0 else 0.0)]
+        trials.append(fake_trial(n, "completed", params, values, tags=tags))
+    every = dict.fromkeys(("loss", "lr", "ema_decay", "margin"), "")
+    record_sweep("conditional", trials, ranges=every)
+    return load_sweep(sweep_store, "conditional")
+
+
+def test_a_none_that_was_drawn_is_a_level_and_one_that_was_not_is_missing(conditional, tmp_path):
+    drawn = conditional.trials["param.ema_decay"]
+    assert drawn.tolist() == ["None", 0.99, 0.999] * 4
+    assert conditional.trials["param.margin"].isna().tolist() == [True, False] * 6
+    assert scale_of(conditional, "ema_decay").levels == ("0.99", "0.999", "None")
+    assert len(parameter_frame(conditional).query("parameter == 'ema_decay'")) == 12
+    found = importance(conditional, "fanova", resamples=0)
+    assert found.shares is not None
+    assert found.shares["ema_decay"] > 0.1
+    assert found.left_out == ("margin",)
+    levels = levels_of([conditional], "ema_decay").levels
+    assert [(level.name, level.trials) for level in levels] == [
+        *(("0.99", 4), ("0.999", 4), ("None", 4))
+    ]
+    assert trial_params(conditional, 9)["ema_decay"] == "None"
+    assert "margin" not in trial_params(conditional, 6)
+    assert leaderboard_rows(conditional)[0]["ema_decay"] == "None"  # of trial 9
+    table = pd.read_parquet(write_frames([conditional], tmp_path)["trials"])
+    assert table["param.ema_decay"].tolist() == ["None", "0.99", "0.999"] * 4
+
+
+def test_of_several_ranges_the_widest_counts_and_is_not_to_be_widened(conditional):
+    assert conditional.info.get("several_ranges") == ("lr",)
+    assert distribution_of(conditional, "lr") == d.FloatDistribution(1e-4, 2.0, log=True)
+    assert importance(conditional, resamples=0).n == 12
+    steps = next_steps(conditional, sureness(conditional, summarise(conditional)), 9)
+    assert not any("Widen the range of lr" in step["action"] for step in steps)
 
 
 def test_unknown_evaluator_lists_the_known(recorded):

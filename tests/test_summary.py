@@ -107,6 +107,9 @@ def test_a_range_is_to_be_widened_where_the_best_crowd_at_its_end() -> None:
     assert "Widen the range of lr upwards. 6 of the best 6" in advice(crowded(1.0))
     assert "Widen the range of lr downwards" in advice(crowded(0.0))
     assert "Widen" not in advice(crowded(0.5))
+    several = crowded(1.0)
+    several.info["several_ranges"] = ("lr",)
+    assert "Widen" not in advice(several)
 
 
 def test_without_effect_a_range_is_hardly_ever_to_be_widened() -> None:
@@ -192,10 +195,14 @@ def test_more_trials_only_while_the_search_improves() -> None:
 
 def test_early_stopping_is_advised_where_the_order_shows_early() -> None:
     told = advice(built(distinct(16)))
-    assert "Switch early stopping on" in told
+    assert "Switch early stopping on (--scheduler asha)" in told
     assert "rank correlation 1.00, n = 16" in told
     assert "Switch" not in advice(built(distinct(16), rungs=(1_000,), scheduler="asha"))
     assert "Switch" not in advice(built([0.5] * 16))
+    assert "(--sampler tpe --scheduler asha)" in advice(built(distinct(16), sampler="gp"))
+    both = built(distinct(16), sampler="nsga2", also=("rankme",))
+    both.trials["also.rankme"] = 1.0
+    assert "Switch" not in advice(both)
 
 
 def test_at_most_four_steps_the_weightiest_first() -> None:
