@@ -22,7 +22,8 @@ from analysis.audit import (
     outcomes_of,
     wrongly_stopped,
 )
-from analysis.load import SweepFrames
+from analysis.load import SweepFrames, SweepInfo
+from analysis.next_steps import UNSTOPPED_SAMPLERS, early_stopping_options
 from analysis.page import Figures
 from analysis.rungs import (
     MOST_RUNGS,
@@ -83,7 +84,7 @@ def stopping_section(
         "thinned": len(rungs) > MOST_RUNGS,
         "correlation_figure": _correlation_figure(frames, figures, prefix, marks),
         "end_figures": _end_figures(frames, outcomes, rungs, figures, prefix),
-        "advice": None if advice is None else advice_of(advice),
+        "advice": None if advice is None else advice_of(advice, frames.info),
     }
 
 
@@ -277,23 +278,32 @@ def _end_figures(
     return found
 
 
-def advice_of(advice: Mapping[str, Any]) -> dict[str, Any]:
-    """Advice on grace and reduction in words, beside its rows."""
+def advice_of(advice: Mapping[str, Any], info: SweepInfo) -> dict[str, Any]:
+    """Advice on grace and reduction in words, beside its rows.
+
+    `command` is what to add to the sweep's own options, or None.
+    """
     rows, at = advice["settings"], advice["recommended"]
     told = [_advice_row(row, advice["train_images"]) for row in rows]
     notes = _notes(advice) if rows else []
+    reason = advice["reason"]
+    if at is not None and info["also"]:
+        at, reason = None, "early stopping judges by one objective, and several were searched"
     if at is None:
-        sentence = f"No advice on grace and reduction: {advice['reason']}."
+        sentence = f"No advice on grace and reduction: {reason}."
         return {"rows": told, "command": None, "sentence": sentence, "notes": notes}
     row = rows[at]
     told[at]["recommended"] = True
-    command = f"--grace {row['grace']:g} --reduction {row['reduction']}"
+    settings = [f"--grace {row['grace']:g}", f"--reduction {row['reduction']}"]
+    command = " ".join([*early_stopping_options(info), *settings])
     kept = round(row["survival"] * row["shuffles"])
     sentence = (
         f"{'Keep these settings' if row['current'] else 'Next time'}: on the trials of this sweep, "
         f"{row['saving']:.0%} of the images are saved, and the best trial is kept in {kept} of "
         f"{row['shuffles']} random orders of arrival."
     )
+    if info["sampler"] in UNSTOPPED_SAMPLERS:
+        sentence += f" It takes another sampler: {info['sampler']} learns from whole trials alone."
     return {"rows": told, "command": command, "sentence": sentence, "notes": notes}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.frames import SweepInfo
 from analysis.stopping_section import advice_of
 from search import advice as module
 from search.advice import MOST_UNKNOWN, SURVIVAL, advise, recommended_of
@@ -84,10 +85,20 @@ def test_a_sweep_without_early_stopping_gives_advice(full, given):
     assert given["allowed"] == pytest.approx(math.sqrt(best * (1 - best) / 400))
     row = given["settings"][given["recommended"]]
     assert row["survival"] >= SURVIVAL
-    told = advice_of(given)
-    assert told["command"] == f"--grace {row['grace']:g} --reduction {row['reduction']}"
+    told = advice_of(given, full.info)
+    options = f"--grace {row['grace']:g} --reduction {row['reduction']}"
+    assert told["command"] == f"--scheduler asha {options}"
     assert [each["recommended"] for each in told["rows"]].count(True) == 1
     assert f"{row['saving']:.0%} of the images" in told["sentence"]
+    for changes, expected in (
+        ({"scheduler": "asha"}, options),
+        ({"scheduler": "asha", "config": {"brackets": "3"}}, f"--brackets 1 {options}"),
+        ({"sampler": "gp"}, f"--sampler tpe --scheduler asha {options}"),
+        ({"sampler": "nsga2", "also": ("rankme",)}, None),
+    ):
+        other: SweepInfo = {**full.info, **changes}
+        assert advice_of(given, other)["command"] == expected
+    assert "several were searched" in advice_of(given, other)["sentence"]
 
 
 def test_recorded_stops_hide_what_advice_needs():
@@ -98,7 +109,7 @@ def test_recorded_stops_hide_what_advice_needs():
     assert given["hidden"] > 15
     assert given["shuffles"] == module.GLANCE < module.SHUFFLES
     assert [row["current"] for row in given["settings"]].count(True) == 1
-    assert advice_of(given)["command"] is None
+    assert advice_of(given, frames.info)["command"] is None
 
 
 def test_settings_that_are_the_sweeps_own_are_to_be_kept(full):
@@ -106,7 +117,7 @@ def test_settings_that_are_the_sweeps_own_are_to_be_kept(full):
     info = {**full.info, "scheduler": "asha", "config": config}
     given = advise(dataclasses.replace(full, info=info), shuffles=1)
     own = next(place for place, row in enumerate(given["settings"]) if row["current"])
-    told = advice_of(given | {"recommended": own})
+    told = advice_of(given | {"recommended": own}, info)
     assert told["sentence"].startswith("Keep these settings")
 
 
@@ -128,7 +139,7 @@ def test_without_ends_there_is_no_advice(full, change, reason):
     given = advise(frames)
     assert given["settings"] == []
     assert reason in given["reason"]
-    assert reason in advice_of(given)["sentence"]
+    assert reason in advice_of(given, frames.info)["sentence"]
 
 
 def test_what_takes_too_long_is_left_to_the_command(full, monkeypatch):
