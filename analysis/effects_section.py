@@ -307,6 +307,7 @@ def _resources(frames: SweepFrames, figures: Figures, prefix: str) -> dict[str, 
             else "On a GPU the most that the trial had allocated; on a CPU the most that its "
             "worker had ever taken, earlier trials included."
         )
-        caption = f"Dots: trials; dashes: medians. n = {len(found.table):,} trials. {more}"
+        n = f"n = {len(found.table):,} trials"
+        caption = f"Dots: trials; dashes: medians. {n}.{found.drawn()} {more}"
         items.append(figures.add(f"{prefix}-{metric}", usage_figure(found), caption))
     return {"figures": items, "sentences": sentences}

@@ -38,6 +38,19 @@ class Usage:
     def encoders(self) -> list[str]:
         return sorted(self.table["encoder"].unique())
 
+    def drawn(self) -> str:
+        """What the figure leaves out, for a caption; empty where it shows every trial."""
+        more = self.encoders[MAX_ENCODERS:]
+        shown = self.table[~self.table["encoder"].isin(more)]
+        told = ""
+        if (shown["encoder"].value_counts() > MAX_DOTS).any():
+            of = " of an encoder" if len(self.encoders) > 1 else ""
+            told = f" Of more than {MAX_DOTS} trials{of} {MAX_DOTS} dots are drawn at random."
+        if more:
+            rest = len(self.table) - len(shown)
+            told += f" Not drawn: {', '.join(more)} (n = {rest:,})."
+        return told
+
     def sentence(self) -> str:
         """The median where there is nothing to compare."""
         values = self.table["value"]

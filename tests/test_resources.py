@@ -64,6 +64,15 @@ def test_encoders_have_their_own_medians():
     assert [trace.name for trace in figure.data if trace.name] == ["&lt;resnet18&gt;", "wide"]
     assert figure.data[1].y.tolist() == [100, 200]
     assert figure.data[3].y.tolist() == [305, 215]
+    assert found.drawn() == ""
+
+
+def test_a_caption_names_the_encoders_that_are_not_drawn():
+    found = usage(measured(fields={"encoder": list("gfedcb")}), SPEED)
+    assert found is not None
+    drawn = [trace.name for trace in usage_figure(found).data if trace.name]
+    assert drawn == list("bcdef")
+    assert found.drawn() == " Not drawn: g (n = 1)."
 
 
 @pytest.mark.parametrize("values", [[math.nan] * 6, [0.0] * 6, [math.inf] * 6])
@@ -90,4 +99,5 @@ def test_thousands_of_dots_are_sampled():
     assert found is not None
     dots, medians = usage_figure(found).data
     assert len(dots.y) == MAX_DOTS
+    assert found.drawn() == " Of more than 300 trials 300 dots are drawn at random."
     assert medians.y.tolist() == [1_000, 1_001]
