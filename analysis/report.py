@@ -178,7 +178,7 @@ def _section(
         "compare": None
         if field is None or trials.empty
         else _compared(frames, field, figures, prefix),
-        "pictures": pictures_section(pictures, figures, prefix),
+        "pictures": pictures_section(pictures, figures, prefix, frames),
         "config": info["config"],
         "versions": info["versions"],
     }

@@ -239,6 +239,8 @@ class Sweep:
                         recorder.sync()
                     finally:
                         mirror.release()
+                if recorder.unpictured:
+                    self._on_note(f"MLflow lacks the pictures ({recorder.unpictured})")
         except Timeout:
             return
         except (JournalError, MirrorError):
@@ -346,6 +348,11 @@ class Sweep:
             wait_s = 2.0 if _ends_now() or journal.failure else 30.0
             unmirrored = None if mirror is None else mirror.finish(wait_s)
             unrecorded = recorder.stop(timeout_s=wait_s) or unmirrored
+            if recorder.unpictured:
+                self._on_note(
+                    f"MLflow lacks the pictures ({recorder.unpictured}); they are sent by: "
+                    f"contrasweep sync {self.dir}"
+                )
         self._on_step(journal.state)
         return self._result(journal.state, unrecorded, unmirrored)
 
