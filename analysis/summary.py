@@ -41,8 +41,8 @@ class Sureness(TypedDict):
     alike: int | None  # of these, those not to be told apart from the winner, without it
     alike_numbers: tuple[int, ...]  # the best of them, winner first
     optimism: float | None  # on average, were all of these equally good
-    gain: Literal["clear", "noise"] | None  # over the default
-    gain_errors: float | None  # the gain in standard errors of a difference
+    gain: Literal["clear", "noise"] | None  # over the default, also of one below zero
+    gain_errors: float | None  # the gain in standard errors of a difference; negative: worse
     audited: int | None  # images at which the winner would have been stopped
 
 
@@ -61,7 +61,8 @@ def sureness(frames: SweepFrames, summary: Summary) -> Sureness:
         gain=None
         if gain_errors is None
         else "noise"
-        if abs(gain_errors) < _errors_of_a_best(len(done))
+        # chosen as the best, a winner gains by chance; it loses no more than any other trial
+        if -Z < gain_errors < _errors_of_a_best(len(done))
         else "clear",
         gain_errors=gain_errors,
         audited=None if audited is None or pd.isna(audited) else int(audited),

@@ -74,6 +74,15 @@ def test_the_gain_in_standard_errors() -> None:
     assert sure["gain"] == "clear"
     assert sure_of(built([0.89, 0.90], default=0))["gain"] == "noise"
     assert sure_of(built([0.8, 0.9]))["gain"] is None
+    # stopped at 1,000 images, where the default was ahead of the later winner
+    frames = built([0.9, 0.5], states=["completed", "pruned"], default=1)
+    mark = frames.curves["mark"] == 1_000
+    for theirs, verdict in ((0.5, "clear"), (0.31, "noise")):
+        frames.curves.loc[mark, "value"] = [0.3, theirs]
+        sure = sure_of(frames)
+        assert sure["gain"] == verdict
+        assert sure["gain_errors"] is not None
+        assert sure["gain_errors"] < 0
 
 
 def test_a_winner_that_would_have_been_stopped_is_told() -> None:
