@@ -12,7 +12,7 @@ import typer
 
 from search.console import out_console, print_json
 from search.options import Json
-from search.reporting import read_back
+from search.reporting import read_each
 
 if TYPE_CHECKING:
     from analysis import SweepFrames
@@ -47,8 +47,8 @@ def export_frames(
     from analysis.frames import write_frames
     from search.run import Sweep
 
-    sweeps = [Sweep.open(directory) for directory in dict.fromkeys(directories)]
-    frames = [read_back(each) for each in sweeps]
+    sweeps = [Sweep.open(directory) for directory in directories]
+    frames = read_each(sweeps)
     wanted = _metrics(metrics, frames)
     full = [
         with_metrics(

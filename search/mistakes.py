@@ -20,16 +20,22 @@ def run_app(app: typer.Typer) -> NoReturn:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UsageError as error:
         asked = f"{error.ctx.command_path} --help" if error.ctx else "contrasweep --help"
-        _tell(f"{_in_one_line(error.format_message())}; see {asked}")
-    except ValueError as error:
-        _tell(_in_one_line(str(error)))
-    except OSError as error:  # a path that cannot be read or written
-        why = error.strerror or str(error)
-        _tell(why if error.filename is None else f"{error.filename}: {why}")
+        # some releases of typer pass on how pydantic, which checks the choices, begins
+        message = error.format_message().replace("Value error, ", "", 1)
+        _tell(f"{_in_one_line(message)}; see {asked}")
+    except (ValueError, OSError) as error:
+        _tell(mistake_in(error))
     except KeyboardInterrupt:
         sys.stdout.flush()
         os._exit(INTERRUPTED)  # at once: threads may wait for a bucket or server that hangs
     sys.exit(2)
+
+
+def mistake_in(error: ValueError | OSError) -> str:
+    """What was wrong, in one line; an OSError is of a path that cannot be read or written."""
+    if isinstance(error, ValueError) or error.filename is None:
+        return _in_one_line(getattr(error, "strerror", None) or str(error))
+    return f"{error.filename}: {error.strerror or error}"
 
 
 def _tell(mistake: str) -> None:

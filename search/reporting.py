@@ -6,6 +6,8 @@ replay, and has `analysis` write the page.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,13 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from search.console import err_console, out_console, print_json, print_leaderboard, print_result
-from search.mistakes import INTERRUPTED
+from search.mistakes import INTERRUPTED, mistake_in
 from search.options import Json
 
 if TYPE_CHECKING:
     from analysis import SweepFrames
     from search.result import SweepResult
     from search.run import Sweep
+
+MAX_FOLDER_BYTES = 100
+"""Of the name of a folder for pages; file systems take 255."""
 
 reporting = typer.Typer()
 
@@ -35,22 +40,33 @@ def report(
     sweeps = [Sweep.open(directory) for directory in directories]
     page, boards = make_report(sweeps)
     if as_json:
-        print_json({"report": str(page), "leaderboards": boards})
+        named = dict(zip(_labels(sweeps), boards, strict=True))
+        print_json({"report": str(page), "leaderboards": named})
     else:
-        for each, rows in zip(sweeps, boards.values(), strict=True):
+        for each, label, rows in zip(sweeps, _labels(sweeps), boards, strict=True):
             if len(sweeps) > 1:
-                out_console.print(f"\n{each.config.name}", style="bold")
+                out_console.print(f"\n{label}", style="bold")
             print_leaderboard(rows, each.config.objective)
         out_console.print(f"report: {page}", soft_wrap=True)
 
 
 def conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
-    """Report on a sweep that has ended; typer.Exit where it did not end well."""
-    page, boards = (None, {}) if result.unrecorded else make_report([finished])
+    """Report on a sweep that has ended; typer.Exit where it did not end well.
+
+    A report that cannot be made costs a note: the result is told all the same.
+    """
+    page: Path | None = None
+    rows: list[dict[str, Any]] = []
+    unmade = ""
+    if not result.unrecorded:
+        try:
+            page, (rows,) = make_report([finished])
+        except (ValueError, OSError) as error:
+            unmade = mistake_in(error)
     if as_json:
         print_json({**result.to_json(), "report": page and str(page)})
     else:
-        print_result(result, boards.get(result.name, []))
+        print_result(result, rows)
         if page is not None:
             out_console.print(f"report: {page}", soft_wrap=True)
     if result.unrecorded:
@@ -58,6 +74,10 @@ def conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
             f"no report: MLflow lacks a part of this sweep ({result.unrecorded}); once the store "
             f"answers, both are made by: contrasweep report {result.dir}",
             soft_wrap=True,
+        )
+    if unmade:
+        err_console.print(
+            f"no report: {unmade}; make it by: contrasweep report {result.dir}", soft_wrap=True
         )
     if result.unmirrored:
         err_console.print(
@@ -78,27 +98,34 @@ def conclude(finished: Sweep, result: SweepResult, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def make_report(sweeps: list[Sweep]) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+def make_report(sweeps: Sequence[Sweep]) -> tuple[Path, list[list[dict[str, Any]]]]:
     """Bring MLflow up to date, read it, write the page into the first sweep's folder.
 
-    Returns the page and each sweep's leaderboard.
+    Returns the page and the sweeps' leaderboards, in the order of the sweeps.
     """
     from analysis import leaderboard_rows, write_report
     from analysis.artifacts import load_pictures
     from search.advice import advise
 
-    frames = [read_back(each) for each in sweeps]
+    frames = read_each(sweeps)
     pictures = [
         load_pictures(each.tracking_uri, frame.info["run_id"])
         for each, frame in zip(sweeps, frames, strict=True)
     ]
     advice = [advise(frame) for frame in frames]
     page = write_report(frames, pages_folder(sweeps), advice=advice, pictures=pictures)
-    boards = {
-        str(each.config.name): leaderboard_rows(frame)
-        for each, frame in zip(sweeps, frames, strict=True)
-    }
-    return page, boards
+    return page, [leaderboard_rows(frame) for frame in frames]
+
+
+def read_each(sweeps: Sequence[Sweep]) -> list[SweepFrames]:
+    """`read_back` of each sweep; ValueError for one given twice, by whatever paths."""
+    frames: list[SweepFrames] = []
+    for each in sweeps:
+        frame = read_back(each)
+        if any(frame.info["sweep_id"] == earlier.info["sweep_id"] for earlier in frames):
+            raise ValueError(f"each sweep must be given once, got {frame.info['name']!r} twice")
+        frames.append(frame)
+    return frames
 
 
 def read_back(sweep: Sweep) -> SweepFrames:
@@ -112,6 +139,21 @@ def read_back(sweep: Sweep) -> SweepFrames:
 def pages_folder(sweeps: Sequence[Sweep]) -> Path:
     """Where pages on these sweeps go; those on several have a folder of their own."""
     folder = sweeps[0].dir / "report"
-    if len(sweeps) > 1:
-        folder /= "with-" + "-".join(each.dir.name for each in sweeps[1:])
-    return folder
+    others = [each.dir.name for each in sweeps[1:]]
+    if not others:
+        return folder
+    named = "with-" + "+".join(others)
+    # a + within a name would make two lists look like one
+    if len(os.fsencode(named)) > MAX_FOLDER_BYTES or any("+" in name for name in others):
+        digest = hashlib.sha256(os.fsencode("/".join(others))).hexdigest()[:8]
+        named = f"with-{len(others)}-more-{digest}"
+    return folder / named
+
+
+def _labels(sweeps: Sequence[Sweep]) -> list[str]:
+    """The names of sweeps, with their folders those that share one."""
+    names = [str(each.config.name) for each in sweeps]
+    return [
+        name if names.count(name) == 1 else str(each.dir)
+        for each, name in zip(sweeps, names, strict=True)
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def test_csv_of_several_sweeps_tells_them_apart(
     folder: Path, frames: SweepFrames, tmp_path: Path
 ) -> None:
     other = simulated_sweep(tmp_path, curve, trials=3, name="other", sampler="tpe")
+    journal = other / "events.jsonl"
+    journal.write_text(journal.read_text().replace('"simulated"', '"of its own"'))
     done = contrasweep(folder, other, "--out", tmp_path / "out", "--format", "csv")
     assert f"trials.csv: {12 + 3} rows" in done.stdout
     trials = pd.read_csv(tmp_path / "out" / "trials.csv")
@@ -87,6 +90,9 @@ def test_mistakes_are_told_in_a_line_and_nothing_is_written(folder: Path, tmp_pa
         contrasweep(folder, "--out", tmp_path / "out", "--metrics", "knn_top1,rank")
     with pytest.raises(UsageError, match="'excel' is not one of 'parquet', 'csv'"):
         contrasweep(folder, "--out", tmp_path / "out", "--format", "excel")
+    relative = os.path.relpath(folder)
+    with pytest.raises(ValueError, match="must be given once, got 'swept' twice"):
+        contrasweep(folder, relative, "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="is not a sweep's folder"):
         contrasweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
