@@ -472,9 +472,11 @@ def test_the_section_is_left_out_where_there_is_none() -> None:
     assert sorted(figures.drawn) == [
         *("s0-compare-differences", "s0-compare-images", "s0-compare-trials"),
     ]
-    assert section["result"]["verdict"] in render(
-        "compare.html.j2", figures, s={"compare": section}
-    )
+    shown = render("compare.html.j2", figures, s={"compare": section})
+    assert section["result"]["verdict"] in shown
+    pair = section["result"]["pairs"][0]
+    for found in (pair["difference"], pair["probability"], pair["cliffs_delta"]):
+        assert f'<td data-sort="{found["value"]}">' in shown  # not by "+10.0 (+9.1 to +11.0)"
     assert not render("compare.html.j2", figures, s={"compare": None}).strip()
 
 

@@ -117,6 +117,7 @@ def test_saving_cost_and_confidence_are_said_first():
     saved, cost, order = section["lead"]
     stopped = int((drawn.stopped & ~drawn.audited_N).sum())
     assert saved.startswith(f"Stopping {stopped} of 60 trials early saved ")
+    assert f'<td data-sort="{section["correlations"][0]["all"]["tau"]}">' in page
     assert (
         f"Of {drawn.stopped.sum()} trials that were to be stopped, {drawn.audited_N.sum()}" in cost
     )
