@@ -13,6 +13,7 @@ from html import escape
 import pandas as pd
 import plotly.graph_objects as go
 
+from analysis.compare_plots import SYMBOLS
 from analysis.cost import gpus_per_trial
 from analysis.load import SweepFrames
 from analysis.style import (
@@ -36,6 +37,8 @@ from analysis.thinning import MAX_CURVES, changes, sample, shares, thin_curve, t
 
 def best_so_far_figure(sweeps: SweepFrames | Sequence[SweepFrames], by: Axis = "time") -> go.Figure:
     """Best value over wall time, images spent or cost; one colour a sweep where there are several.
+
+    From the sixth sweep on the colours repeat, and markers tell the lines apart.
 
     The line is the best completed trial, the thin one the best report of any trial; dots are
     the single reports (one sweep only, at most MAX_DOTS of them). Cost is the trials' time
@@ -61,6 +64,7 @@ def best_so_far_figure(sweeps: SweepFrames | Sequence[SweepFrames], by: Axis = "
                 hovertemplate="trial %{customdata}<br>%{y:.4f}<extra></extra>",
             )
         colour = BLUE if len(several) == 1 else SERIES_COLOURS[index % len(SERIES_COLOURS)]
+        turn = index // len(SERIES_COLOURS)
         prefix = "" if len(several) == 1 else f"{name}: "
         for column, label, width, dash in (
             ("best", "best report", 1.5, "dot"),
@@ -71,8 +75,11 @@ def best_so_far_figure(sweeps: SweepFrames | Sequence[SweepFrames], by: Axis = "
                 figure.add_scatter(
                     x=line["x"].tolist(),
                     y=line["y"].tolist(),
-                    mode="lines",
+                    mode="lines+markers" if turn else "lines",
                     line={"color": colour, "width": width, "dash": dash, "shape": "hv"},
+                    marker={"symbol": SYMBOLS[(turn - 1) % len(SYMBOLS)], "size": 7}
+                    if turn
+                    else None,
                     name=prefix + label,
                     legendgroup=name,
                     hovertemplate="%{y:.4f}<extra>" + prefix + label + "</extra>",

@@ -21,6 +21,7 @@ from analysis.pareto import pareto_figure, pareto_rows
 from analysis.pictures import pictures_section
 from analysis.plots import best_so_far_figure
 from analysis.progress import progress_section
+from analysis.spreadsheet import inert
 from analysis.stopping_section import stopping_section
 from analysis.style import SERIES_COLOURS
 from analysis.summary import gain_at, scheduler, settings, sureness
@@ -50,17 +51,18 @@ def write_report(
 
     Several sweeps share one page that begins with their comparison. `advice` on early stopping
     and `pictures` of what was learned are one a sweep, in the same order, or none at all. Each
-    file appears whole or not at all. ValueError for an empty list, and for sweeps of different
-    objectives.
+    file appears whole or not at all, and none before both are made. ValueError for an empty list,
+    and for sweeps of different objectives.
     """
     sweeps = [frames] if isinstance(frames, SweepFrames) else list(frames)
     if not sweeps:
         raise ValueError("a report needs at least one sweep, got none")
     _check_one_objective(sweeps)
+    table, html = leaderboard_csv(sweeps), render_page(sweeps, advice, pictures)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_dir / "leaderboard.csv", leaderboard_csv(sweeps))
+    write_atomic(out_dir / "leaderboard.csv", table)
     page = out_dir / "index.html"
-    write_atomic(page, render_page(sweeps, advice, pictures))
+    write_atomic(page, html)
     return page
 
 
@@ -79,14 +81,17 @@ def _check_one_objective(sweeps: Sequence[SweepFrames]) -> None:
 
 
 def leaderboard_csv(sweeps: Sequence[SweepFrames]) -> str:
-    """All leaderboards below one another, with seed, reason and MLflow's run id."""
+    """All leaderboards below one another, with seed, reason and MLflow's run id.
+
+    Text that a spreadsheet would compute begins with an apostrophe (`analysis.spreadsheet`).
+    """
     tables = []
     for frames in sweeps:
         more = frames.trials[["number", "seed", "reason", "run_id"]]
         table = leaderboard(frames).drop(columns="ending").merge(more, on="number", how="left")
         table.insert(0, "sweep", frames.info["name"])
         tables.append(table)
-    text: str = pd.concat(tables, ignore_index=True).to_csv(index=False)
+    text: str = inert(pd.concat(tables, ignore_index=True)).to_csv(index=False)
     return text
 
 
@@ -203,6 +208,8 @@ def _comparison(
         "time": "The same over each sweep's own time from its start, pauses included.",
         "cost": "The same over the time of all trials together.",
     }
+    if len(sweeps) > len(SERIES_COLOURS):
+        captions["images"] += " Where colours repeat, the later sweep's lines have markers."
     reports = ", ".join(
         f"{int((f.curves['metric'] == f.info['objective']).sum()):,} of {f.info['name']}"
         for f in sweeps

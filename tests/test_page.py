@@ -257,6 +257,8 @@ def test_packed_arrays_and_maps_have_their_data_too(browser: Browser, folder: Pa
         ["gain", 'q"', 2, -4],
     ]
     assert browser.evaluate("contrasweep.csv([['a,b', 'q\"']])") == '"a,b","q"""\r\n'
+    cells = "[['=1+1', '-x', '@a,b', '-0.5', -2, 'a=b']]"  # no text is a formula
+    assert browser.evaluate(f"contrasweep.csv({cells})") == "'=1+1,'-x,\"'@a,b\",-0.5,-2,a=b\r\n"
 
 
 def test_figures_have_labels_and_parts_have_anchors(page: Path) -> None:
@@ -281,7 +283,20 @@ def odd_sweeps() -> dict[str, SweepFrames]:
         "failed": built([math.nan] * 3, states=["oom", "error", "lost"], reports=[0, 0, 0]),
         "equal": built([0.5] * 12),
         "not finite": built([math.inf, 0.5, -math.inf, math.nan], reports=[8] * 4),
+        "behind early": behind_early(),
     }
+
+
+def behind_early(default: float = 0.5) -> SweepFrames:
+    """The default was stopped at 1,000 images, where the later winner had 0.3."""
+    frames = built(
+        [0.9, default, 0.6],
+        states=["completed", "pruned", "completed"],
+        curve=[0.2, 1 / 3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0],
+        default=1,
+    )
+    frames.curves.loc[frames.curves["number"] == 1, "value"] = default
+    return frames
 
 
 @pytest.mark.parametrize("kind", list(odd_sweeps()))
@@ -295,8 +310,11 @@ def test_odd_sweeps_have_sensible_pages(kind: str, tmp_path: Path) -> None:
         "failed": "3 of 3 ended trials failed (1 out of memory, 1 error and 1 lost)",
         "equal": "11 of the 11 other completed trials lie within two standard errors",
         "not finite": "Trial 1 won with knn_top1 0.5000",
+        "behind early": "The winner was 9.3 standard errors of the difference worse than the "
+        "default at 1,000 images, where the default was stopped early: more than chance",
     }
     assert told[kind] in text
+    assert "The gain over the default" not in text
     assert "nan" not in text.lower().split()
     assert "None" not in text.replace("None.", "").split()
 

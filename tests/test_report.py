@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import re
 
@@ -10,7 +11,7 @@ import pytest
 from analysis.effect_plots import parameter_figure
 from analysis.load import load_sweep
 from analysis.plots import best_so_far_figure, learning_curves
-from analysis.report import write_report
+from analysis.report import leaderboard_csv, write_report
 from analysis.stopping import rung_table, saving
 from analysis.stopping_plots import rung_figure
 from analysis.tables import leaderboard_rows, level_rows
@@ -109,6 +110,31 @@ def test_the_csv_holds_every_trial(recorded, tmp_path):
     assert len(rows) == 14
     assert float(rows[0]["param.lr"]) == 3.1e-3
     assert rows[-1]["reason"].startswith("CUDA out of memory")
+    hostile = built([0.5, 0.4, 0.3], params={"op": ["+sum", -0.5, "-0.5"]}, name="=HYPERLINK(1)")
+    rows = list(csv.DictReader(io.StringIO(leaderboard_csv([hostile]))))
+    assert [row["sweep"] for row in rows] == ["'=HYPERLINK(1)"] * 3  # text, no formula
+    assert [row["param.op"] for row in rows] == ["'+sum", "-0.5", "-0.5"]
+
+
+def test_a_page_that_cannot_be_made_leaves_both_files_as_they_were(tmp_path, monkeypatch):
+    write_report(built([0.5]), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def broken(*arguments, **values):
+        raise ValueError("no page")
+
+    monkeypatch.setattr("analysis.report.render", broken)
+    with pytest.raises(ValueError, match="no page"):
+        write_report(built([0.5, 0.6]), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_lines_of_one_colour_differ_in_their_markers():
+    sweeps = [built([0.5, 0.6], name=f"s{n}") for n in range(11)]
+    best = [trace for trace in best_so_far_figure(sweeps).data if trace.name.endswith("trial")]
+    looks = [(trace.line.color, trace.mode, trace.marker.symbol) for trace in best]
+    assert len(set(looks)) == 11
+    assert len({colour for colour, _, _ in looks}) == 5
 
 
 def test_several_sweeps_are_compared(recorded, tmp_path):

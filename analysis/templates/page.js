@@ -181,12 +181,16 @@
     });
     return [header].concat(rows);
   }
+  // A spreadsheet takes text that begins like this for a formula; see analysis/spreadsheet.py.
+  function inert(cell) {
+    return typeof cell === "string" && /^[=+\-@\t\r]/.test(cell) && isNaN(Number(cell)) ? "'" + cell : cell;
+  }
   function csv(rows) {
     var width = rows[0].length;
     return rows.map(function (row) {
       var cells = [];
       for (var i = 0; i < width; i++) {
-        var text = row[i] === undefined || row[i] === null ? "" : String(row[i]);
+        var text = row[i] === undefined || row[i] === null ? "" : String(inert(row[i]));
         cells.push(/[",\r\n]/.test(text) ? '"' + text.replace(/"/g, '""') + '"' : text);
       }
       return cells.join(",");
