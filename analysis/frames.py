@@ -13,6 +13,8 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import pandas as pd
 
+from analysis.spreadsheet import inert
+
 UNFINISHED = "unfinished"
 """State of a trial without a final state: it runs, or its sweep was interrupted."""
 
@@ -122,7 +124,8 @@ def write_frames(
 
     Of several sweeps the first column is `sweep`, its name (with its id, where two have one name),
     and a column that one of them lacks is empty there. A parameter whose values are of several
-    kinds is text. Each file is there as a whole or not at all, and none before all are written.
+    kinds is text. In CSV, text that a spreadsheet would compute begins with an apostrophe. Each
+    file is there as a whole or not at all, and none before all are written.
     """
     tables = {name: _joined(sweeps, name) for name in TABLES}
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,7 @@ def write_frames(
             if format == "parquet":
                 table.to_parquet(beside[name], index=False)
             else:
-                table.to_csv(beside[name], index=False)
+                inert(table).to_csv(beside[name], index=False)
         for name, path in paths.items():
             os.replace(beside[name], path)
     finally:

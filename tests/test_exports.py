@@ -125,5 +125,10 @@ def test_values_of_several_kinds_and_sweeps_of_one_name(
     assert trials["param.crop"].isna().tolist()[:12] == [True] * 12
     assert trials["param.crop"].tolist()[12:14] == ["1", "a"]
     assert trials["param.crop"].tolist()[15] == "[2, 3]"
+    formulas = older.trials.assign(reason="=1+1", node="-0.5")
+    older = SweepFrames(older.info, formulas, older.curves, older.decisions)
+    text = pd.read_csv(write_frames([older], tmp_path, "csv")["trials"], dtype="str")
+    assert set(text["reason"]) == {"'=1+1"}  # text, no formula
+    assert set(text["node"]) == {"-0.5"}
     assert pd.read_parquet(paths["last"])["sweep"].unique().tolist() == ["swept simulated"]
     assert frames.trials.columns[0] == "number"  # the frames themselves are as they were
