@@ -80,11 +80,10 @@ def check_same_measure(sweeps: Sequence[SweepFrames]) -> None:
     """Raise a one-line ValueError for sweeps whose values are not comparable."""
     if not sweeps:
         raise ValueError("a comparison needs at least one sweep, got none")
+    check_given_once(sweeps)
     first = sweeps[0].info
-    for index, frames in enumerate(sweeps[1:], start=1):
+    for frames in sweeps[1:]:
         info = frames.info
-        if any(info["sweep_id"] == each.info["sweep_id"] for each in sweeps[:index]):
-            raise ValueError(f"each sweep must be given once, got {info['name']!r} twice")
         for what, name in (
             ("objective", "objective"),
             ("mode", "mode"),
@@ -97,6 +96,14 @@ def check_same_measure(sweeps: Sequence[SweepFrames]) -> None:
                     f"sweeps that are compared must have one {name}, got {ours} of sweep "
                     f"{first['name']!r} and {theirs} of {info['name']!r}"
                 )
+
+
+def check_given_once(sweeps: Sequence[SweepFrames]) -> None:
+    """Raise a one-line ValueError for a sweep that is there twice, by whatever path it was read."""
+    ids = [frames.info["sweep_id"] for frames in sweeps]
+    for frames in sweeps:
+        if ids.count(frames.info["sweep_id"]) > 1:
+            raise ValueError(f"each sweep must be given once, got {frames.info['name']!r} twice")
 
 
 def levels_of(sweeps: Sequence[SweepFrames], field: str, *, seed: int = 0) -> Levels:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 from html import escape
 from typing import Any
 
@@ -23,6 +22,7 @@ from analysis.artifacts import (
 from analysis.frames import SweepFrames
 from analysis.page import Figures
 from analysis.style import BLUE, GREY, ORANGE, SERIES_COLOURS, finish
+from analysis.tables import best_completed
 
 __all__ = ["SweepPictures", "load_pictures", "map_figure", "pictures_section"]
 
@@ -84,17 +84,8 @@ def pictures_section(
             }
         )
     shown = [each.about.trial for each in pictures.trials]
-    best = shown if frames is None else _best_completed(frames, len(shown))
+    best = shown if frames is None else best_completed(frames)[: len(shown)]
     return {"trials": trials, "notes": notes, "overtaken_by": best if best != shown else []}
-
-
-def _best_completed(frames: SweepFrames, count: int) -> list[int]:
-    """Numbers of the best completed trials, best first."""
-    completed = frames.trials[frames.trials["state"] == "completed"]
-    known = completed[completed["objective"].abs() < math.inf]
-    ascending = [frames.info["mode"] == "min", True]
-    ordered = known.sort_values(["objective", "number"], ascending=ascending)["number"]
-    return [int(number) for number in ordered.head(count)]
 
 
 def map_figure(found: FeatureMap, maps: FeatureMaps, about: About) -> go.Figure:

@@ -118,9 +118,9 @@ def end_figure(
 ) -> go.Figure:
     """A dot a trial: its value at the rung, and at the end where that is known.
 
-    `cutoff`: drawn as an upright line; the level one is the best trial that was not stopped. What
-    lies above it and was audited is a winner that stopping would have cost. Ticks below are
-    stopped trials, of which only the value at the rung is known.
+    `cutoff`: drawn as an upright line; the level one, of one stratum, is the best trial that was
+    not stopped. What was audited and ended better is a winner that stopping would have cost.
+    Ticks below are stopped trials, of which only the value at the rung is known.
     """
     sign, x_N, y_N = outcomes.sign, outcomes.scores_at(rung), outcomes.end_N
     here = outcomes.stopped_at_N == rung

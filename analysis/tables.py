@@ -103,14 +103,18 @@ def leaderboard(frames: SweepFrames) -> pd.DataFrame:
     return table[[*LEADERBOARD_COLUMNS, *bracket, *also, *params]]
 
 
-def winner_of(frames: SweepFrames) -> int | None:
-    """Number of the best completed trial; None while none is."""
+def best_completed(frames: SweepFrames) -> list[int]:
+    """Numbers of the completed trials that have a value, best first."""
     completed = frames.trials[frames.trials["state"] == "completed"]
     known = completed[completed["objective"].abs() < math.inf]
-    first = known.sort_values(
-        ["objective", "number"], ascending=[frames.info["mode"] == "min", True]
-    )["number"]
-    return None if first.empty else int(first.iloc[0])
+    ascending = [frames.info["mode"] == "min", True]
+    ordered = known.sort_values(["objective", "number"], ascending=ascending)["number"]
+    return [int(number) for number in ordered]
+
+
+def winner_of(frames: SweepFrames) -> int | None:
+    """Number of the best completed trial; None while none is."""
+    return next(iter(best_completed(frames)), None)
 
 
 def leaderboard_rows(frames: SweepFrames, limit: int | None = None) -> list[dict[str, Any]]:

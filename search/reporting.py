@@ -119,12 +119,10 @@ def make_report(sweeps: Sequence[Sweep]) -> tuple[Path, list[list[dict[str, Any]
 
 def read_each(sweeps: Sequence[Sweep]) -> list[SweepFrames]:
     """`read_back` of each sweep; ValueError for one given twice, by whatever paths."""
-    frames: list[SweepFrames] = []
-    for each in sweeps:
-        frame = read_back(each)
-        if any(frame.info["sweep_id"] == earlier.info["sweep_id"] for earlier in frames):
-            raise ValueError(f"each sweep must be given once, got {frame.info['name']!r} twice")
-        frames.append(frame)
+    from analysis.levels import check_given_once
+
+    frames = [read_back(each) for each in sweeps]
+    check_given_once(frames)
     return frames
 
 

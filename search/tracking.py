@@ -173,8 +173,9 @@ class Recorder:
             cursor = int(tags.get(PREFIX + "cursor", 0))
             self._pictured = tags.get(f"{PREFIX}{PICTURES}")
             self._backlog = [(end, event) for end, event in self._backlog if end > cursor]
-        self._upload(client, self._parent, [event for _, event in self._backlog])
-        self._backlog.clear()
+        if self._backlog:
+            self._upload(client, self._parent, [event for _, event in self._backlog])
+            self._backlog.clear()
         if self._state.ended is not None:
             try:
                 self.unpictured = "the store of artifacts has not answered"
@@ -392,8 +393,7 @@ class Recorder:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
-        made = json.dumps(index["trials"])
-        if made == self._pictured:  # a completed trial's stay as they are
+        if (made := json.dumps(index["trials"])) == self._pictured:  # a trial's stay as they are
             return
         client.log_artifacts(parent, str(folder), PICTURES)
         client.set_tag(parent, f"{PREFIX}{PICTURES}", made)

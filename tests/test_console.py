@@ -1,7 +1,6 @@
 """The leaderboard and the counts that a sweep prints at its end."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from rich.console import Console
 
 from analysis.tables import LEADERBOARD_COLUMNS
 from search import console
-from search.result import SweepResult
+from tests.built_results import result as built_result
 
 
 def row(number: int, ending: str, **more: Any) -> dict[str, Any]:
@@ -39,21 +38,7 @@ def test_further_objectives_and_brackets_are_columns(printed: io.StringIO) -> No
 
 def test_endings_are_told_in_words(printed: io.StringIO) -> None:
     rows = [row(0, "completed"), row(1, "pruned"), row(2, "by_command"), row(3, "oom")]
-    result = SweepResult(
-        name="s",
-        dir=Path("s"),
-        tracking_uri="",
-        objective="knn_top1",
-        state="finished",
-        reason="",
-        why="",
-        best=None,
-        pareto=[],
-        trials={"completed": 1, "pruned": 2, "oom": 1},
-        samples_seen=100,
-        wall_s=1.0,
-        unrecorded=None,
-    )
+    result = built_result(trials={"completed": 1, "pruned": 2, "oom": 1})
     console.print_result(result, rows)
     text = printed.getvalue()
     assert "1 completed, 1 stopped early, 1 stopped by command, 1 out of memory; 100" in text

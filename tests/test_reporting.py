@@ -12,8 +12,8 @@ import typer
 from typer.testing import CliRunner
 
 from search import mistakes, reporting
-from search.result import SweepResult
 from search.run import Sweep
+from tests.built_results import result as built_result
 from tests.built_sweeps import built
 
 
@@ -79,21 +79,7 @@ def test_pages_on_several_sweeps_have_a_folder_of_their_own() -> None:
 def test_a_report_that_fails_costs_a_sweep_no_result(
     error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = SweepResult(
-        name="s",
-        dir=Path("runs/s"),
-        tracking_uri="",
-        objective="knn_top1",
-        state="finished",
-        reason="",
-        why="",
-        pareto=[],
-        best={"trial": 0, "value": 0.5, "params": {}},
-        trials={"completed": 1},
-        samples_seen=100,
-        wall_s=1.0,
-        unrecorded=None,
-    )
+    result = built_result(best={"trial": 0, "value": 0.5, "params": {}}, trials={"completed": 1})
 
     def fails(sweeps: Any) -> Any:
         raise error
