@@ -17,26 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from search.objectives import OBJECTIVES, SECOND_OBJECTIVES
 from search.storage import storage_at
 from trainer.atomic import replacing
 from trainer.config import TrainConfig, parse_config
-
-LABEL_FREE = ("rankme", "val_loss")
-"""Objectives that need no labels. They rank runs of one method only."""
-
-OBJECTIVES = {
-    "knn_top1": ("max", "accuracy of a 20-nearest-neighbour vote on val, encoder features"),
-    "linear_top1": ("max", "accuracy of a linear classifier on val, encoder features"),
-    "rankme": ("max", "effective rank of the val features; ranks runs of one method only"),
-    "val_loss": ("min", "the loss on val; only where nothing that moves its scale is searched"),
-}
-"""name -> (direction, meaning)."""
-
-SECOND_OBJECTIVES = {
-    "images_per_s": ("max", "speed of training"),
-    "peak_mem_bytes": ("min", "most memory that training took"),
-}
-"""Beside an accuracy in a Pareto set; alone they would choose the smallest model."""
 
 SAMPLER_NAMES = ("tpe", "random", "grid", "gp", "nsga2")
 UNSTOPPED_SAMPLERS = ("gp", "nsga2")

@@ -15,8 +15,9 @@ import optuna
 
 from search.brackets import plan_rungs
 from search.comparable import check_comparable
-from search.config import LABEL_FREE, SHARED_FIELDS, SweepConfig
+from search.config import SHARED_FIELDS, SweepConfig
 from search.memory import check_memory_limit
+from search.objectives import LABEL_FREE
 from search.points import check_point, grid
 from search.provenance import describe_data, held_in_memory, in_files, labelled_in_memory
 from search.seeds import derived_seed

@@ -9,7 +9,7 @@ import pytest
 
 from search import comparable
 from search.comparable import LEAVES_THE_LOSS, MOVES_THE_LOSS, check_comparable, varied
-from search.config import OBJECTIVES, SECOND_OBJECTIVES
+from search.objectives import OBJECTIVES, SECOND_OBJECTIVES
 from trainer.config import Augmentation, TrainConfig
 from trainer.losses import LOSSES
 from trainer.optim import OPTIMIZERS, SCHEDULES

@@ -25,6 +25,8 @@ from torch.nn.functional import normalize
 
 CHUNK_VALUES = 1 << 23  # of one temporary: 32 MB of float32, 64 MB of float64
 GROUP = 32  # of a bank's columns: near sqrt(N / k), where both searches are short
+NO_LABEL = -1
+"""Predicted where a query's features are not finite, or all of the bank's: right for no image."""
 RANKME_EPSILON = 1e-7  # the paper's
 COLLAPSED_STD = 0.01
 """`feature_std` below which features are one point. Untrained encoders reach down to .03 (ResNet-34
@@ -36,7 +38,6 @@ COLLAPSE_NEEDS = 10
 """Fewest images and fewest dimensions in which a line tells anything."""
 
 
-@torch.no_grad()
 def knn_top1(
     bank_features_ND: Tensor,
     bank_labels_N: Tensor,
@@ -46,23 +47,40 @@ def knn_top1(
     k: int = 20,
     temperature: float = 0.1,
 ) -> float:
-    """Share of the queries, in [0, 1], that a weighted vote of k neighbours labels rightly.
+    """Share of the queries, in [0, 1], whose label is that of `knn_predictions`."""
+    check_answers(query_features_MD, query_labels_M)
+    predicted_M = knn_predictions(
+        bank_features_ND, bank_labels_N, query_features_MD, k=k, temperature=temperature
+    )
+    return share_right(predicted_M, query_labels_M)
+
+
+@torch.no_grad()
+def knn_predictions(
+    bank_features_ND: Tensor,
+    bank_labels_N: Tensor,
+    query_features_MD: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.1,
+) -> Tensor:
+    """Label [M] of each query by a weighted vote of its k neighbours; NO_LABEL without a vote.
 
     Wu et al. 2018, https://arxiv.org/abs/1805.01978, section 3.4: a neighbour at cosine
     similarity s votes with exp(s / temperature). A bank smaller than k votes as a whole.
-    A bank feature that is not finite is nobody's neighbour, such a query counts as wrong.
+    A bank feature that is not finite is nobody's neighbour, such a query has no vote.
     """
-    check_bank(bank_features_ND, bank_labels_N, query_features_MD, query_labels_M)
+    check_bank(bank_features_ND, bank_labels_N)
     device = bank_features_ND.device
     bank_ND, finite_N = _unit_and_finite(bank_features_ND)
-    labels_N, answers_M = bank_labels_N.to(device), query_labels_M.to(device)
+    labels_N = bank_labels_N.to(device)
+    predicted_M = torch.full((len(query_features_MD),), NO_LABEL, device=device)
     if not bool(finite_N.all()):
         bank_ND, labels_N = bank_ND[finite_N], labels_N[finite_N]
         if not len(bank_ND):
-            return 0.0
-    classes = int(torch.maximum(labels_N.max(), answers_M.max())) + 1
+            return predicted_M
+    classes = int(labels_N.max()) + 1
     k = min(k, len(bank_ND))
-    right = torch.zeros((), dtype=torch.int64, device=device)
     for part in chunks(len(query_features_MD), len(bank_ND)):
         query_RD, finite_R = _unit_and_finite(query_features_MD[part].to(device))
         nearest_RK, index_RK = _largest(query_RD @ bank_ND.T, k)
@@ -70,8 +88,8 @@ def knn_top1(
         weights_RK = ((nearest_RK - nearest_RK[:, :1]) / temperature).exp()
         votes_RL = weights_RK.new_zeros(len(query_RD), classes)
         votes_RL.scatter_add_(1, labels_N[index_RK], weights_RK)
-        right += ((votes_RL.argmax(dim=1) == answers_M[part]) & finite_R).sum()
-    return int(right) / len(query_features_MD)
+        predicted_M[part] = votes_RL.argmax(dim=1).where(finite_R, NO_LABEL)
+    return predicted_M
 
 
 @torch.no_grad()
@@ -169,21 +187,29 @@ def collapse(features_ND: Tensor) -> str | None:
     return None
 
 
-def check_bank(
-    bank_features_ND: Tensor,
-    bank_labels_N: Tensor,
-    query_features_MD: Tensor,
-    query_labels_M: Tensor,
-) -> None:
-    """Raise a ValueError if there is nothing to compare, or nothing known to compare it with."""
-    if not len(bank_features_ND) or not len(query_features_MD):
-        raise ValueError(
-            "accuracy needs at least one feature in the bank and one query, "
-            f"got {len(bank_features_ND)} and {len(query_features_MD)}"
-        )
-    least = min(int(bank_labels_N.min()), int(query_labels_M.min()))
+def check_bank(bank_features_ND: Tensor, bank_labels_N: Tensor) -> None:
+    """Raise a ValueError if there is nothing known to compare with."""
+    if not len(bank_features_ND):
+        raise ValueError("accuracy needs at least one feature in the bank, got 0")
+    _check_labels(bank_labels_N)
+
+
+def check_answers(query_features_MD: Tensor, query_labels_M: Tensor) -> None:
+    """Raise a ValueError if there is nothing to compare, or a query without a label."""
+    if not len(query_features_MD):
+        raise ValueError("accuracy needs at least one query, got 0")
+    _check_labels(query_labels_M)
+
+
+def _check_labels(labels_N: Tensor) -> None:
+    least = int(labels_N.min())
     if least < 0:
         raise ValueError(f"labels must be at least 0, got {least}; leave unlabelled images out")
+
+
+def share_right(predicted_M: Tensor, labels_M: Tensor) -> float:
+    """Share of predicted labels, in [0, 1], that are the true ones."""
+    return int((predicted_M == labels_M.to(predicted_M.device)).sum()) / len(labels_M)
 
 
 def gram(features_ND: Tensor, scale: float = 1.0) -> Tensor:

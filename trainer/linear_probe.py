@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from trainer.evaluate import check_bank, chunks, gram, precise
+from trainer.evaluate import (
+    NO_LABEL,
+    check_answers,
+    check_bank,
+    chunks,
+    gram,
+    precise,
+    share_right,
+)
 
 PENALTY = 1e-3
 TOLERANCE = 3e-6  # of the largest gradient: the minimum to 1e-3 of its value, usually 1e-6
@@ -35,7 +43,6 @@ ITERATIONS = 300
 HISTORY = 20
 
 
-@torch.no_grad()
 def linear_top1(
     bank_features_ND: Tensor,
     bank_labels_N: Tensor,
@@ -44,16 +51,31 @@ def linear_top1(
     *,
     l2: float = PENALTY,
 ) -> float:
-    """Share of the queries, in [0, 1], that logistic regression on the bank labels rightly.
+    """Share of the queries, in [0, 1], whose label is that of `linear_predictions`."""
+    check_answers(query_features_MD, query_labels_M)
+    predicted_M = linear_predictions(bank_features_ND, bank_labels_N, query_features_MD, l2=l2)
+    return share_right(predicted_M, query_labels_M)
+
+
+@torch.no_grad()
+def linear_predictions(
+    bank_features_ND: Tensor,
+    bank_labels_N: Tensor,
+    query_features_MD: Tensor,
+    *,
+    l2: float = PENALTY,
+) -> Tensor:
+    """Label [M] of each query by logistic regression on the bank; NO_LABEL where not finite.
 
     Features are standardised by mean and deviation of the bank. `l2` is above 0. Classes that
-    the bank lacks are never right. A bank feature that is not finite is left out, such a query
-    counts as wrong. The same input gives the same answer.
+    the bank lacks are never predicted, a bank feature that is not finite is left out. The same
+    input gives the same answer.
     """
-    check_bank(bank_features_ND, bank_labels_N, query_features_MD, query_labels_M)
+    check_bank(bank_features_ND, bank_labels_N)
     finite_N = bank_features_ND.isfinite().all(dim=1)
+    predicted_M = torch.full((len(query_features_MD),), NO_LABEL, device=bank_features_ND.device)
     if not bool(finite_N.any()):
-        return 0.0
+        return predicted_M
     bank_ND = precise(bank_features_ND[finite_N])
     labels_N = bank_labels_N.to(bank_ND.device)[finite_N]
     classes_L, target_N = torch.unique(labels_N, return_inverse=True)
@@ -67,14 +89,13 @@ def linear_top1(
         return (features_RD / largest_D).sub_(mean_D).div_(scale_D)
 
     weight_DL, bias_L = fit(standardised(bank_ND), target_N, len(classes_L), l2)
-    right = torch.zeros((), dtype=torch.int64, device=bank_ND.device)
     for part in chunks(len(query_features_MD), max(bank_ND.shape[1], len(classes_L))):
         query_RD = query_features_MD[part].to(bank_ND.device)
         finite_R = query_RD.isfinite().all(dim=1)
         logits_RL = standardised(query_RD.to(bank_ND.dtype)) @ weight_DL + bias_L
         predicted_R = classes_L[logits_RL.argmax(dim=1)]
-        right += ((predicted_R == query_labels_M[part].to(bank_ND.device)) & finite_R).sum()
-    return int(right) / len(query_features_MD)
+        predicted_M[part] = predicted_R.where(finite_R, NO_LABEL)
+    return predicted_M
 
 
 @torch.no_grad()
