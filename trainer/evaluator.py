@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.augment import TwoViews, normalise
@@ -25,11 +28,12 @@ from trainer.evaluate import (
     alignment,
     collapse,
     feature_std,
+    knn_predictions,
     knn_top1,
     rankme,
     uniformity,
 )
-from trainer.linear_probe import linear_top1
+from trainer.linear_probe import linear_predictions, linear_top1
 from trainer.losses import Loss
 from trainer.network import ContrastiveNetwork, statistics_kept
 from trainer.stream import Reader, reader
@@ -41,6 +45,7 @@ BATCH = 256
 """Images encoded at a time: larger ones leave a CPU's caches, up to a quarter slower."""
 SETTLED_BATCHES = 100
 """At the usual momentum of 0.1 the statistics that a norm began with count 3e-5 by then."""
+NEIGHBOURS = 20
 SEED = 0
 """Of the measured views: the same for every run, so that runs compare."""
 
@@ -142,16 +147,45 @@ class Evaluator:
 
     def test(self, encoder: nn.Module) -> dict[str, float]:
         """Accuracies on the test split, with the bank of the validation ones."""
-        test = self._data.test
-        if not self._labelled or not len(test):
+        right = self.answers(encoder, ("test",))
+        return {name: float(each.mean()) for name, each in right.items()}
+
+    def answers(
+        self, encoder: nn.Module, splits: Sequence[Literal["val", "test"]] = ("val", "test")
+    ) -> dict[str, NDArray[np.bool_]]:
+        """Which images each classifier labels rightly, in the order of the split: [N] booleans.
+
+        Of val under `knn_top1` and `linear_top1`, of test under these names with `test_` before
+        them. A ValueError if the data set has no labelled images to be judged on.
+        """
+        judged = {name: self._data.val if name == "val" else self._data.test for name in splits}
+        if not self._labelled or not all(map(len, judged.values())):
             raise ValueError(
                 f"data set {self._data.name!r} has no labelled test images; "
                 "name a labelled source with --labelled"
             )
         with _evaluating(encoder):
-            test_NF = self._encode_all(encoder, reader(test.images, self._device, self._workers))
-            found = self._accuracies(encoder, test_NF, test, probe=True)
-        return {f"test_{name}": value for name, value in found.items() if value is not None}
+            bank_NF = self._encode_all(encoder, self._bank)
+            features_MF = torch.cat(
+                [
+                    self._encode_all(encoder, reader(part.images, self._device, self._workers))
+                    for part in judged.values()
+                ]
+            )
+        bank = (bank_NF, torch.from_numpy(self._data.bank.labels.copy()))
+        predicted = {
+            "knn_top1": knn_predictions(*bank, features_MF, k=NEIGHBOURS),
+            "linear_top1": linear_predictions(*bank, features_MF),
+        }
+        right: dict[str, NDArray[np.bool_]] = {}
+        start = 0
+        for split, part in judged.items():
+            for name, labels_M in predicted.items():
+                of_split = labels_M[start : start + len(part)].cpu().numpy()
+                key = name if split == "val" else f"test_{name}"
+                right[key] = np.asarray(of_split == part.labels)
+            start += len(part)
+        return right
 
     def features(self, encoder: nn.Module, images: Images) -> Tensor:
         """Encode uint8 images [N, 3, H, W] in evaluation mode: float32 [N, F] on the CPU."""
@@ -198,7 +232,7 @@ class Evaluator:
         )
         compared = (bank_NF, bank_labels_N, features_NF, labels_N)
         return {
-            "knn_top1": knn_top1(*compared, k=20),
+            "knn_top1": knn_top1(*compared, k=NEIGHBOURS),
             "linear_top1": linear_top1(*compared) if probe else None,
         }
 

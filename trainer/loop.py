@@ -23,7 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -329,6 +331,13 @@ class Trainer:
         A ValueError if the data set has no labelled test images.
         """
         return self._evaluator.test(self.encoder)
+
+    def answers(self) -> dict[str, NDArray[np.bool_]]:
+        """Which images of val and of test are labelled rightly; see `Evaluator.answers`.
+
+        A ValueError if the data set has no labelled test images.
+        """
+        return self._evaluator.answers(self.encoder)
 
     def features(self, images_N3HW: Images) -> Tensor:
         """Encode uint8 images [N, 3, H, W] in evaluation mode: float32 [N, F] on the CPU."""
