@@ -1,5 +1,6 @@
 """The driver and its workers killed, interrupted and lied to by the clock; damaged files."""
 
+import os
 import random
 import shutil
 import signal
@@ -111,11 +112,16 @@ def test_all_workers_killed_at_once_before_their_first_report(tmp_path: Path) ->
     attack.verdict("kill -9 of a trial's worker")
 
 
-def test_one_interrupt_drains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_one_interrupt_drains(tmp_path: Path, signum: signal.Signals) -> None:
+    """Of the driver, by Ctrl-C, or of its whole process group, at the end of a batch job."""
     attack = Attack(tmp_path)
     attack.sweep()
     attack.until(mid_sweep)
-    attack.process.send_signal(signal.SIGINT)
+    if signum == signal.SIGINT:
+        attack.process.send_signal(signum)
+    else:
+        os.killpg(attack.process.pid, signum)
     attack.tried += 1
     attack.end(130)
     assert "contrasweep resume" in attack.errors
@@ -124,7 +130,7 @@ def test_one_interrupt_drains(tmp_path: Path) -> None:
     for trial in state.unfinished():
         assert trial.checkpoint_mark == max(trial.reports, default=0)
     attack.finished_by_resume()
-    attack.verdict("SIGINT once")
+    attack.verdict(f"{signum.name} once")
 
 
 def test_two_interrupts_stop_at_once(tmp_path: Path) -> None:

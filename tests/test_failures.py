@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
 
 from search.journal import load_state
+from search.run import Sweep
 from search.state import SweepState
 from search.study import Study
 from spaces import load_space
@@ -144,6 +145,15 @@ def test_each_failure_ends_its_trial_alone_and_is_told_to_everyone(tmp_path: Pat
     ]
     assert any("CUDA error: device-side assert triggered" in reason for reason in deaths), deaths
 
+    # the logs
+    def log_of(kind: str) -> str:
+        number = KINDS.index(kind)
+        return (tmp_path / "runs" / "s" / "trials" / str(number) / "log.txt").read_text()
+
+    assert "Traceback" in log_of("raises")
+    for kind in ("raises", "no_number"):
+        assert state.trials[KINDS.index(kind)].reason in log_of(kind), kind
+
     # MLflow
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("contrasweep")
@@ -172,3 +182,10 @@ def test_each_failure_ends_its_trial_alone_and_is_told_to_everyone(tmp_path: Pat
         assert frozen.state == TOLD.get(str(trial.state), TrialState.FAIL), trial.number
         infeasible = trial.state in ("diverged", "oom")
         assert frozen.constraints == ({trial.state: 1.0} if infeasible else {})
+
+    # the copy of the space is there, and a changed space is refused
+    space = (tmp_path / "mine.py").read_text()
+    assert (tmp_path / "runs" / "s" / "space.py").read_text() == space
+    (tmp_path / "mine.py").write_text(space.replace("1e-3", "1e-2"))
+    with pytest.raises(ValueError, match="has changed since the sweep began"):
+        Sweep.open(tmp_path / "runs" / "s").resume(trials=1)
