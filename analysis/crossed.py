@@ -30,8 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit
 
 Array = NDArray[Any]
 
@@ -168,7 +167,7 @@ def seeds_needed(found: Difference, level: float = LEVEL) -> int | None:
     """
     if not found.mean or not found.covers_seeds:
         return None
-    power = float(norm.ppf(POWER))
+    power = float(ndtri(POWER))
     for seeds in range(found.seeds + 1, MOST_SEEDS + 1):
         of_seeds = math.sqrt(found.parts.seeds * found.seeds / seeds)
         own = _quantile(seeds - 1, (1 + level) / 2) * of_seeds
@@ -184,7 +183,7 @@ def wilson(mean: float, n: float, tail: float) -> tuple[float, float]:
     """Wilson's score interval (1927) of a proportion of n, which need not be whole."""
     if math.isinf(n):
         return mean, mean
-    z = float(norm.ppf(tail))
+    z = float(ndtri(tail))
     middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
     # at 0 and at 1 the ends are the mean but for rounding
@@ -252,7 +251,7 @@ def _p_value(mean: float, parts: Parts, seeds: int, images: int) -> float:
 
 
 def _quantile(freedom: int, tail: float) -> float:
-    return float(student.ppf(tail, freedom))
+    return float(stdtrit(freedom, tail))
 
 
 def _std(values_R: Array) -> float | None:
