@@ -17,8 +17,11 @@ from torch import Tensor
 
 from trainer import feature_losses, pair_losses
 from trainer.config import TrainConfig
+from trainer.user_code import user_file
 from trainer.user_losses import load_function
-from trainer.user_losses import loss_file as loss_file  # for those who copy a user's file
+
+loss_file = user_file
+"""The file of a user's own loss, for those who copy it."""
 
 Need = Literal["predictor", "target", "queue", "labels"]
 """What a loss needs beside the two projections; see `Embedded`."""
