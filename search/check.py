@@ -193,7 +193,7 @@ def check_record(state: SweepState, client: MlflowClient, findings: Findings) ->
     if experiment is not None:
         runs += runs_of(client, experiment.experiment_id, state.header["sweep_id"])
     kinds = Counter(run.data.tags[PREFIX + "kind"] for run in runs)
-    parents, findings.children = kinds["sweep"], kinds["trial"]
+    parents, findings.children = kinds.total() - kinds["trial"], kinds["trial"]
     if parents != 1:
         findings.faults.append(f"MLflow has {parents} parent runs of the sweep")
     children: dict[int, list[Any]] = {number: [] for number in state.trials}

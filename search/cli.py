@@ -22,6 +22,7 @@ from search.config import (
     parse_sweep,
     read_sweep_yaml,
 )
+from search.confirm_verb import conclude_confirmation, confirming
 from search.console import (
     err_console,
     out_console,
@@ -63,7 +64,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distributed hyperparameter search for contrastive image pre-training.",
 )
-for verbs in (training, reporting, comparisons, replays, exports, steering, upkeep, listings):
+for verbs in (
+    training,
+    confirming,
+    reporting,
+    comparisons,
+    replays,
+    exports,
+    steering,
+    upkeep,
+    listings,
+):
     app.add_typer(verbs)
 
 
@@ -167,6 +178,11 @@ def sweep(
     if points is not None:
         fields["points"] = _points(points, fields)
     plan = parse_sweep(fields)
+    if plan.confirmation is not None:
+        raise ValueError(
+            f"{config} is that of a confirmation, which uses the test split; begin one by "
+            "'contrasweep confirm RUNS/NAME'"
+        )
     check_read(given, plan)
     if dry_run:
         _forecast(plan, as_json, download, cache_dir)
@@ -206,6 +222,10 @@ def resume(
     def go_on(sweep: Sweep) -> SweepResult:
         if address is not None:
             sweep.config = sweep.config.model_copy(update={"address": address}).resolved()
+        if trials and sweep.config.confirmation is not None:
+            raise ValueError(
+                "a confirmation has a trial for each candidate and seed; leave out --trials"
+            )
         return sweep.resume(trials)
 
     _carry_out(lambda **more: Sweep.open(folder, **more), go_on, as_json, download, cache_dir)
@@ -215,8 +235,8 @@ def resume(
 def status(directory: SweepDir, as_json: Json = False) -> None:
     """How far a sweep is: trials by state, unfinished ones, the best so far."""
     from search.endings import counts_in_words
+    from search.folders import is_running, sweep_folder
     from search.journal import FILE_NAME, load_state
-    from search.run import is_running, sweep_folder
 
     directory = sweep_folder(directory)
     state = load_state(directory / FILE_NAME)
@@ -317,4 +337,5 @@ def _carry_out(
         except KeyboardInterrupt:
             display.note(f"ended at once; go on with: contrasweep resume {sweep.dir}")
             raise
-    conclude(sweep, result, as_json)
+    told = conclude if sweep.config.confirmation is None else conclude_confirmation
+    told(sweep, result, as_json)

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from search.confirmation import Confirmation
 from search.objectives import OBJECTIVES, SECOND_OBJECTIVES
 from search.storage import storage_at
 from trainer.atomic import replacing
@@ -140,6 +141,10 @@ class SweepConfig(BaseModel):
     tracking_uri: str | None = Field(None, description="MLflow; none: OUT/mlflow.db")
     offline_tracking: bool = Field(
         False, description="start though the tracking server does not answer; upload later"
+    )
+
+    confirmation: Confirmation | None = Field(
+        None, description="what a sweep begun by `contrasweep confirm` confirms"
     )
 
     @field_validator("objective", mode="after")

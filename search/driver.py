@@ -12,6 +12,7 @@ mechanism. What a new trial is made of is decided in `search.proposals`, what a 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -243,6 +244,7 @@ class Driver:
                 decision=decision.to_json(),
                 node=result.get("node"),
                 pid=result.get("worker_pid"),
+                **({"correct": json.loads(result["correct"])} if "correct" in result else {}),
             )
             if told:
                 self.proposals.study.report(number, mark, value)

@@ -16,6 +16,7 @@ import optuna
 from search.brackets import plan_rungs
 from search.comparable import check_comparable
 from search.config import SHARED_FIELDS, SweepConfig
+from search.confirmation import check_data, space_of
 from search.memory import check_memory_limit
 from search.objectives import LABEL_FREE
 from search.points import check_point, grid
@@ -34,7 +35,7 @@ from search.user_files import (
     space_file,
     with_copied_loss,
 )
-from spaces import Space, default_params, load_space, run_space, with_fixed
+from spaces import Space, default_params, run_space, with_fixed
 from trainer.config import TrainConfig, parse_config
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def make_plan(
     from trainer.device import pick_device
     from trainer.loop import check_fits, check_names, check_weights, report_marks
 
-    source = load_space(config.space)
+    source = space_of(config)
     space = with_fixed(source, config.base_fields())
     base = parse_config(config.base_fields())
     draws = _draw(config, space, base)
@@ -126,7 +127,7 @@ def make_plan(
     check_comparable(config.objectives, configurations + rare)
     if config.memory_per_trial is not None:
         check_memory_limit(config.memory_per_trial)
-    if new:
+    if new and config.confirmation is None:
         _check_fixed(config, space, configurations)
     for point in config.points:
         check_point(space, point)
@@ -139,6 +140,8 @@ def make_plan(
         cache_dir=cache_dir,
         progress=progress,
     )
+    if config.confirmation is not None:
+        check_data(config.confirmation, describe_data(data)["digest"], data)
     if config.node_cache is not None and not in_files(data):
         raise ValueError(
             "node_cache is for images that stay in files, and all of these are held in memory, "
@@ -184,7 +187,7 @@ def make_plan_again(
     copy = sweep_dir / SPACE_COPY
     if path.endswith(".py") and not Path(path).exists():
         config = config.model_copy(update={"space": f"{copy}:{function}"})
-    found = sha256(space_file(load_space(config.space)))
+    found = sha256(space_file(space_of(config)))
     if found != state.header["space_sha256"]:
         raise ValueError(
             f"the search space {config.space} has changed since the sweep began; restore it from "

@@ -8,11 +8,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from search.config import SweepConfig
+from search.confirmation import title
 from search.state import Event, SweepState, TrialState
+from search.store import PREFIX
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param
+    from mlflow.tracking import MlflowClient
 
+BATCH_PARAMS = 100
+"""The limit of MLflow's log_batch."""
 PARAM_CHARS, TAG_CHARS = 6000, 5000
 """Limits of MLflow."""
 
@@ -31,9 +36,14 @@ def plan_tags(header: Event) -> dict[str, Any]:
     """Of a sweep, from its `sweep_started` event: what stays as it began."""
     config = header["config"]
     named = ("space", "sampler", "scheduler", "dataset", "objective", "reduction")
+    confirmation = config.get("confirmation")
+    whose: dict[str, Any] = {"kind": "sweep"}
+    if confirmation is not None:
+        whose = {"kind": "confirmation", "confirms": confirmation["sweep_id"]}
+        whose["ordinal"] = confirmation["ordinal"]
     return {
-        "kind": "sweep",
-        "sweep": config["name"],
+        **whose,
+        "sweep": title(config),
         "sweep_id": header["sweep_id"],
         "mode": header["mode"],
         "total_images": header["total_images"],
@@ -124,3 +134,15 @@ def params_of(values: Mapping[str, Any]) -> list[Param]:
 def milliseconds(seconds: float) -> int:
     """MLflow's times."""
     return round(seconds * 1000)
+
+
+def log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
+    """Record parameters, in as many requests as they take."""
+    params = params_of(values)
+    for start in range(0, len(params), BATCH_PARAMS):
+        client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
+
+
+def prefixed(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Tags under our names, as text."""
+    return {PREFIX + key: str(value) for key, value in tags.items()}

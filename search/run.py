@@ -29,7 +29,9 @@ from search.config import (
     read_sweep_yaml,
     write_atomically,
 )
+from search.confirmation import runs_folder
 from search.driver import Driver, guarded
+from search.folders import storage_of, sweep_folder
 from search.journal import FILE_NAME, Journal, JournalError, load_state
 from search.locks import LOCK_NAME, locked
 from search.mirror import Mirror, MirrorError, check_apart, check_new, fully_mirrored
@@ -40,7 +42,7 @@ from search.provenance import describe_data, git_commit, versions
 from search.result import SweepResult, result_of
 from search.segments import CHECKPOINT_PREFIX, TRIALS
 from search.state import SCHEMA, SweepState
-from search.storage import Folder, Storage, joined, storage_at
+from search.storage import Folder
 from search.tracking import Recorder
 from search.tune_run import draining_on_signal, run_on_tune
 from search.uris import (
@@ -81,9 +83,9 @@ class Sweep:
             config = config.model_copy(update={"name": f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"})
         self.config = config
         self.dir = Path(config.out) / str(config.name)
-        self.storage = _storage_of(config, self.dir, str(config.name))
+        self.storage = storage_of(config, self.dir, str(config.name))
         self.tracking_uri = credentials_into_environment(
-            config.tracking_uri or default_tracking_uri(Path(config.out))
+            config.tracking_uri or default_tracking_uri(runs_folder(self.dir, config.confirmation))
         )
         self._loading: dict[str, Any] = {
             "download": download,
@@ -102,7 +104,7 @@ class Sweep:
         check_unchanged(config, parse_sweep(header["config"]))
         moved = {"name": directory.name, "out": str(directory.parent)}
         sweep = cls(config.model_copy(update=moved), **options)
-        sweep.storage = _storage_of(config, directory, header["config"]["name"])
+        sweep.storage = storage_of(config, directory, header["config"]["name"])
         sweep.tracking_uri = _recorded_at(sweep, header)
         return sweep
 
@@ -178,7 +180,7 @@ class Sweep:
             raise ValueError(f"{spent}: raise it in sweep.yaml before you ask for more trials")
         finished = state.ended and state.ended["state"] == "finished" and not trials
         if spent or (finished and not asked):
-            if finished:
+            if finished and self.config.confirmation is None:
                 self._on_note("the sweep is finished; --trials adds more trials")
             self.record_rest()
             return self._result(state)
@@ -214,7 +216,9 @@ class Sweep:
         return spent_budget(self.config, state, (), state.last_time)
 
     def _tracking(self) -> str:
-        embedded = self.tracking_uri == embedded_tracking_uri(self.dir.parent)
+        embedded = self.tracking_uri == embedded_tracking_uri(
+            runs_folder(self.dir, self.config.confirmation)
+        )
         return EMBEDDED if embedded else without_credentials(self.tracking_uri)
 
     def sweep_id(self) -> str:
@@ -369,19 +373,6 @@ class Sweep:
         )
 
 
-def sweep_folder(directory: Path) -> Path:
-    """`directory`, made absolute; ValueError if no sweep is there."""
-    directory = directory.expanduser().resolve()
-    if not (directory / FILE_NAME).is_file():
-        raise ValueError(f"{directory} is not a sweep's folder: it has no {FILE_NAME}")
-    return directory
-
-
-def _storage_of(config: SweepConfig, directory: Path, name: str) -> Storage:
-    """Where checkpoints lie: in the sweep's own folder, or in its place on the storage."""
-    return Folder(directory) if config.storage is None else storage_at(joined(config.storage, name))
-
-
 def _ends_now() -> bool:
     """Whether the user asked a second time, in a `finally`."""
     return isinstance(sys.exc_info()[1], KeyboardInterrupt)
@@ -391,20 +382,10 @@ def _recorded_at(sweep: Sweep, header: dict[str, Any]) -> str:
     """Where MLflow has this sweep; ValueError if the environment now points elsewhere."""
     recorded = str(header["tracking"])
     if recorded == EMBEDDED:
-        return embedded_tracking_uri(sweep.dir.parent)
+        return embedded_tracking_uri(runs_folder(sweep.dir, sweep.config.confirmation))
     if without_credentials(sweep.tracking_uri) != recorded:
         raise ValueError(
             f"this sweep is recorded at {recorded}, not at "
             f"{without_credentials(sweep.tracking_uri)}; set MLFLOW_TRACKING_URI to the former"
         )
     return sweep.tracking_uri
-
-
-def is_running(directory: Path) -> bool:
-    """Whether a driver holds the sweep's folder at the moment."""
-    lock = FileLock(directory / LOCK_NAME)
-    try:
-        with lock.acquire(timeout=0):
-            return False
-    except Timeout:
-        return True

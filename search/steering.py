@@ -34,8 +34,8 @@ def stop(
     as_json: Json = False,
 ) -> None:
     """Stop a running sweep, or one of its trials, at the next report."""
+    from search.folders import sweep_folder
     from search.journal import FILE_NAME, load_state
-    from search.run import sweep_folder
 
     directory = sweep_folder(directory)
     state = load_state(directory / FILE_NAME)
@@ -61,9 +61,9 @@ def stop(
 def enqueue(directory: SweepDir, settings: Values = None, as_json: Json = False) -> None:
     """Have a sweep try a configuration of yours next; what is not set, the sampler fills in."""
     from search.config import parse_sweep
+    from search.folders import sweep_folder
     from search.journal import FILE_NAME, load_state
     from search.points import parse_point
-    from search.run import sweep_folder
 
     directory = sweep_folder(directory)
     texts = _texts(settings)
@@ -93,7 +93,7 @@ def _takes_commands(directory: Path, state: SweepState) -> bool:
     One that has journaled the sweep's end goes on to record it for a while; a stop that it no
     longer takes would end the next `resume`.
     """
-    from search.run import is_running
+    from search.folders import is_running
 
     return state.ended is None and is_running(directory)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -56,6 +56,30 @@ def _make_tables(database: Path) -> None:
             os.replace(made, database)
     finally:
         made.unlink(missing_ok=True)
+
+
+def nested_tags(client: MlflowClient, experiment: str, header: Mapping[str, Any]) -> dict[str, str]:
+    """What puts a confirmation's run under that of its sweep; nothing for a sweep."""
+    confirmation = header["config"].get("confirmation")
+    if confirmation is None:
+        return {}
+    found = client.search_runs(
+        [experiment],
+        f"tags.`{PREFIX}sweep_id` = '{confirmation['sweep_id']}' and tags.`{PREFIX}kind` = 'sweep'",
+        max_results=1,
+    )
+    return {"mlflow.parentRunId": str(found[0].info.run_id)} if found else {}
+
+
+def recorded_confirmations(client: MlflowClient, sweep_id: str) -> int:
+    """The highest ordinal of the confirmations that MLflow has of a sweep; 0 without one."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return 0
+    found = client.search_runs(
+        [experiment.experiment_id], f"tags.`{PREFIX}confirms` = '{sweep_id}'", max_results=1000
+    )
+    return max((int(run.data.tags[PREFIX + "ordinal"]) for run in found), default=0)
 
 
 def runs_of(client: MlflowClient, experiment: str, sweep_id: str) -> Iterator[Run]:

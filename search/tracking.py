@@ -1,21 +1,22 @@
 """Journal -> MLflow: what is recorded of a sweep, and the thread that uploads it.
 
-One parent run a sweep, one child run (`mlflow.parentRunId`) a trial, in the experiment
-`contrasweep`. Tag names carry the prefix `contrasweep.`.
+One parent run a sweep, one child run a trial, in the experiment `contrasweep`. Tag names carry
+the prefix `contrasweep.`.
 
 | run    | kind     | names                                                                     |
 |--------|----------|---------------------------------------------------------------------------|
-| parent | tags     | kind=sweep, sweep, sweep_id, state (running, finished, interrupted),      |
+| parent | tags     | kind (sweep, confirmation), sweep, sweep_id, state (running, ...),        |
 |        |          | objective, mode, total_images, train_images, val_images, rungs, marks,    |
 |        |          | reduction, slots, space, sampler, scheduler, dataset, wall_s, cursor,     |
 |        |          | also, also_modes (JSON, further objectives and which way each is better), |
 |        |          | pictures (JSON, the trials that have some, best first),                   |
 |        |          | warm_start (JSON, earlier sweep -> number of its trials taken over),      |
-|        |          | version.PACKAGE; mlflow.source.git.commit                                 |
+|        |          | version.PACKAGE; mlflow.source.git.commit; of a confirmation, which is    |
+|        |          | nested in its sweep: confirms (that one's sweep_id), ordinal              |
 | parent | params   | every field of `SweepConfig`                                              |
 | parent | metrics  | best_OBJECTIVE at step = images spent by the whole sweep                  |
 | parent | dataset  | name, digest, sizes of the splits                                         |
-| parent | artifact | sweep.yaml; best/checkpoint.pt of the best trial                          |
+| parent | artifact | sweep.yaml; best/checkpoint.pt of the best trial; confirmation.json       |
 |        |          | pictures/index.json; pictures/trial-N/ of the best trials: about.json,    |
 |        |          | map.json, neighbours.json and .png, views.png                             |
 | child  | tags     | kind=trial, sweep_id, number, state, reason, default, params and          |
@@ -34,9 +35,9 @@ Status of a child: FINISHED (completed), KILLED (pruned), FAILED (the other fina
 RUNNING (unfinished).
 
 Every upload can be repeated without doubling anything: runs are looked up by their tags before
-they are made (MLflow's create_run is not idempotent, so its own retries are off), metrics carry
-the journal's times, and the tag `cursor` says up to which byte of the journal all is uploaded. A
-server that is slow or down delays nothing but the record itself.
+they are made (create_run is not idempotent, so MLflow's own retries are off), metrics carry the
+journal's times, and the tag `cursor` says up to which byte of the journal all is uploaded. A slow
+server delays nothing but the record itself.
 """
 
 from __future__ import annotations
@@ -48,17 +49,22 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from search.config import SweepConfig
+from search.confirmation import runs_folder, title
+from search.confirmed import ARTIFACT, to_record
 from search.journal import FILE_NAME, read_events_from
 from search.pictures import INDEX, PICTURES
 from search.records import (
+    BATCH_PARAMS,
     TAG_CHARS,
     decision_tags,
+    log_params,
     milliseconds,
     params_of,
     plan_tags,
+    prefixed,
     progress_tags,
     report_metrics,
     trial_tags,
@@ -66,7 +72,7 @@ from search.records import (
 from search.segments import CHECKPOINT_FILE
 from search.state import Event, SweepState, TrialState
 from search.storage import Folder, Storage
-from search.store import EXPERIMENT, PREFIX, connect, runs_of
+from search.store import EXPERIMENT, PREFIX, connect, nested_tags, runs_of
 from search.uris import redacted
 from trainer.config import TrainConfig
 
@@ -76,8 +82,8 @@ if TYPE_CHECKING:
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow's page opens on runs and curves, not on traces of language models."""
-BATCH_METRICS, BATCH_PARAMS = 1000, 100
-"""Limits of MLflow's log_batch."""
+BATCH_METRICS = 1000
+"""The limit of MLflow's log_batch."""
 POLL_S = 1.0
 DEFAULTS = {name: info.default for name, info in TrainConfig.model_fields.items()}
 STATUS = {"completed": "FINISHED", "pruned": "KILLED"}
@@ -86,9 +92,9 @@ STATUS = {"completed": "FINISHED", "pruned": "KILLED"}
 class Recorder:
     """Uploads a sweep's journal on one background thread; see the module's text.
 
-    `sync` does the same once, in the caller's thread. Neither touches the sweep's own state:
-    the recorder reads the journal's file like any other reader, up to `limit()` bytes of it: those
-    that the sweep's storage holds, so that no run tells more than a sweep that goes on from there.
+    `sync` does the same once, in the caller's thread. Both read the journal's file like any other
+    reader, up to `limit()` bytes of it: those that the sweep's storage holds, so that no run tells
+    more than a sweep that goes on from there.
     """
 
     def __init__(
@@ -206,7 +212,8 @@ class Recorder:
             return str(found.experiment_id)
         location = None
         if not self._uri.startswith("http"):  # MLflow's default would be the current folder
-            location = (self._dir.parent / "mlartifacts").as_uri()
+            runs = runs_folder(self._dir, self._state.header["config"].get("confirmation"))
+            location = (runs / "mlartifacts").as_uri()
         return str(client.create_experiment(EXPERIMENT, location, EXPERIMENT_TAGS))
 
     def _find_or_create_parent(self, client: MlflowClient) -> str:
@@ -215,7 +222,7 @@ class Recorder:
         self._children = {}
         parent = None
         for run in runs_of(client, experiment, sweep_id):
-            if run.data.tags[PREFIX + "kind"] == "sweep":
+            if run.data.tags[PREFIX + "kind"] != "trial":
                 parent = str(run.info.run_id)
             else:
                 self._children[int(run.data.tags[PREFIX + "number"])] = str(run.info.run_id)
@@ -229,9 +236,10 @@ class Recorder:
         run = client.create_run(
             experiment,
             start_time=milliseconds(header["time"]),
-            run_name=header["config"]["name"],
+            run_name=title(header["config"]),
             tags={
-                **_prefixed(plan_tags(header)),
+                **prefixed(plan_tags(header)),
+                **nested_tags(client, experiment, header),
                 "mlflow.source.name": "contrasweep",
                 "mlflow.source.git.commit": header.get("git_commit") or "unknown",
             },
@@ -241,8 +249,6 @@ class Recorder:
     def _upload(self, client: MlflowClient, parent: str, new: list[Event]) -> None:
         from mlflow.entities import RunTag
 
-        if not new:
-            return
         metrics: dict[int, list[Metric]] = defaultdict(list)
         params: dict[int, list[Param]] = {}
         decided: set[int] = set()
@@ -268,7 +274,7 @@ class Recorder:
         for start in range(0, len(best), BATCH_METRICS):
             client.log_batch(parent, metrics=best[start : start + BATCH_METRICS])
         ended = self._state.ended
-        tags = _prefixed({**progress_tags(self._state), "cursor": self._offset})
+        tags = prefixed({**progress_tags(self._state), "cursor": self._offset})
         if ended is not None:
             self._upload_ending(client, parent)
             status = "FINISHED" if ended["state"] == "finished" else "KILLED"
@@ -283,7 +289,8 @@ class Recorder:
 
         header = self._state.header
         config = {**header["config"], "fixed": json.dumps(header["config"]["fixed"])}
-        _log_params(client, parent, config)
+        config.pop("confirmation", None)  # longer than a parameter may be; an artifact has it
+        log_params(client, parent, config)
         data = header["data"]
         dataset = Dataset(
             name=data["name"][:500],
@@ -329,7 +336,7 @@ class Recorder:
                 run_id,
                 metrics=metrics[start : start + BATCH_METRICS],
                 params=params[:BATCH_PARAMS] if start == 0 else [],
-                tags=[RunTag(key, value) for key, value in _prefixed(tags).items()],
+                tags=[RunTag(key, value) for key, value in prefixed(tags).items()],
             )
         if trial.state:
             assert trial.finished_at is not None
@@ -342,7 +349,7 @@ class Recorder:
             start_time=milliseconds(trial.suggested_at),
             run_name=f"trial {trial.number}",
             tags={
-                **_prefixed(trial_tags(trial, self._state.header["sweep_id"])),
+                **prefixed(trial_tags(trial, self._state.header["sweep_id"])),
                 "mlflow.parentRunId": parent,
             },
         )
@@ -377,6 +384,8 @@ class Recorder:
             front = {each.number for each in self._state.pareto(config.objectives, config.modes)}
             for number, run_id in self._children.items():  # of an extended sweep some left it
                 client.set_tag(run_id, PREFIX + "pareto", str(number in front).lower())
+        if config.confirmation is not None:
+            client.log_dict(parent, to_record(self._state, config.confirmation), ARTIFACT)
         best = self._state.best(config.objective, config.mode)
         if best is None or best.checkpoint is None:
             return
@@ -398,13 +407,3 @@ class Recorder:
         client.log_artifacts(parent, str(folder), PICTURES)
         client.set_tag(parent, f"{PREFIX}{PICTURES}", made)
         self._pictured = made
-
-
-def _prefixed(tags: Mapping[str, Any]) -> dict[str, str]:
-    return {PREFIX + key: str(value) for key, value in tags.items()}
-
-
-def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
-    params = params_of(values)
-    for start in range(0, len(params), BATCH_PARAMS):
-        client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])

@@ -28,6 +28,7 @@ from ray import tune
 from ray.tune.trainable.trainable import _TrainingResult
 from torch.overrides import TorchFunctionMode
 
+from search.confirmation import packed
 from search.memory import MemoryLimit, cap_gpu_memory, give_back_freed
 from search.node_data import FolderFiles, fetch_from_node, on_this_node
 from search.nodes import NodeError, check_same
@@ -68,6 +69,7 @@ class ContrastiveTrainable(tune.Trainable):
         driver_node: str = "",
         gpus: float = 0.0,
         software: Mapping[str, str] | None = None,
+        judged: bool = False,
     ) -> None:
         if software is not None:
             check_same(software)
@@ -88,6 +90,7 @@ class ContrastiveTrainable(tune.Trainable):
                 (self._folder / file.copy).write_bytes(self._store.read(file.copy))
             check_loss_files(loss_files, self._folder, originals=False)
         self._loss_files, self._memory_gib = loss_files, memory_gib
+        self._judged = judged
         self._files, self._node_cache, self._driver_node = files, node_cache, driver_node
         self._last_save_s, self._saved_at = 0.0, -float("inf")
         self._collected_at = time.monotonic()
@@ -152,7 +155,13 @@ class ContrastiveTrainable(tune.Trainable):
                 self._reports = self._start()
             report = next(self._reports)
         self._mark = report.mark
-        metrics = report.metrics()
+        metrics, correct = report.metrics(), dict[str, str]()
+        if self._judged and report.mark == self._marks[-1]:
+            assert self._trainer is not None
+            right = self._trainer.answers()
+            metrics = {name: float(each.mean()) for name, each in right.items()} | metrics
+            # as text, since Tune takes a mapping apart
+            correct["correct"] = json.dumps({name: packed(each) for name, each in right.items()})
         print(f"{report.samples_seen:>12,} images  " + _figures(metrics))
         since_save_s = time.monotonic() - self._saved_at
         return {
@@ -161,6 +170,7 @@ class ContrastiveTrainable(tune.Trainable):
             "samples_seen": report.samples_seen,
             "save_is_cheap": self._last_save_s <= SAVE_SHARE * since_save_s,
             "metrics": metrics,
+            **correct,
         }
 
     def _start(self) -> Iterator[Report]:

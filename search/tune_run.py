@@ -51,6 +51,7 @@ def run_on_tune(
         node_cache=config.node_cache,
         driver_node=ray.get_runtime_context().get_node_id(),
         gpus=gpus_per_trial(config),
+        judged=config.confirmation is not None,
         software=fingerprint() if config.address is not None else None,
     )
     resources = {"cpu": config.cpus_per_trial, "gpu": gpus_per_trial(config)}

@@ -32,9 +32,10 @@ def check(
 ) -> None:
     """Whether journal, decisions and record of a sweep agree; exit code 1 if not."""
     from search.check import check_checkpoints, check_journal, check_record
+    from search.folders import is_running
     from search.journal import FILE_NAME, load_state
     from search.plan import make_plan_again
-    from search.run import Sweep, is_running
+    from search.run import Sweep
     from search.store import connect
 
     sweep = Sweep.open(directory)
@@ -49,7 +50,8 @@ def check(
     if not is_running(sweep.dir):  # a driver records with a delay
         sweep.record_rest()
         check_record(state, connect(sweep.tracking_uri), findings)
-        findings.faults += _leaderboard_faults(sweep, state)
+        if sweep.config.confirmation is None:  # which has no leaderboard
+            findings.faults += _leaderboard_faults(sweep, state)
     if as_json:
         print_json({"dir": str(sweep.dir), **findings.to_json()})
     else:
@@ -73,7 +75,8 @@ def check(
 @upkeep.command()
 def sync(directory: SweepDir, as_json: Json = False) -> None:
     """Upload to MLflow what it lacks of a sweep, as after an outage."""
-    from search.run import Sweep, is_running
+    from search.folders import is_running
+    from search.run import Sweep
     from search.uris import without_credentials
 
     sweep = Sweep.open(directory)

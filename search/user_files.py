@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.config import write_atomically
+from search.confirmation import ConfirmationSpace
 
 if TYPE_CHECKING:
     from spaces import Space
@@ -35,7 +36,12 @@ class LossFile:
 
 
 def space_file(space: Space) -> Path | None:
-    """The file of a user's own space; None for a built-in one, whose version is the package's."""
+    """The file of a user's own space; None for a built-in one, whose version is the package's.
+
+    A confirmation's is in its configuration.
+    """
+    if isinstance(space, ConfirmationSpace):
+        return None
     function: Any = inspect.unwrap(space)
     if getattr(function, "__module__", "").partition(".")[0] == "spaces":
         return None

@@ -1,0 +1,250 @@
+"""Which configurations of a sweep are confirmed, and the plan of the sweep that does so.
+
+`plan_confirmation` gives the configuration of a new one, or the folder of one that was begun alike
+and is unfinished. Nothing is written, and no trial is touched.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FixedTrial
+
+from search.asha import score_of
+from search.config import SHARED_FIELDS, SweepConfig, parse_sweep
+from search.confirmation import FOLDER, SPACE, Candidate, Confirmation
+from search.confirmed import confirmations
+from search.folders import is_running
+from search.journal import FILE_NAME, load_state
+from search.objectives import LABEL_FREE
+from search.plan import SPACE_COPY
+from search.provenance import held_in_memory
+from search.run import Sweep
+from search.seeds import derived_seed
+from search.state import SweepState, TrialState
+from search.storage import joined
+from search.user_files import check_loss_files, from_json, with_copied_loss
+from spaces import default_params, load_space, run_space, with_fixed
+from trainer.config import TrainConfig, parse_config
+
+DEFAULT, NONE = "default", "none"
+OBJECTIVE = "knn_top1"
+"""Judges where the sweep's own objective needs no labels."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks for. `baseline`: default, none, or a trial's number."""
+
+    top: int = 3
+    seeds: int = 5
+    epochs: float | None = None
+    baseline: str = DEFAULT
+    again: bool = False
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class ConfirmationPlan:
+    """The sweep that confirms another: a new one, or with `resumes` one that goes on."""
+
+    config: SweepConfig
+    resumes: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def plan_confirmation(sweep: Sweep, wish: Wish, recorded: int = 0) -> ConfirmationPlan:
+    """Choose candidates and seeds; ValueError where the sweep has nothing to confirm.
+
+    Also where it still runs, where an earlier confirmation is unfinished that was to be another
+    one, and where there is a finished one and `again` is not wished. `recorded`: how many
+    confirmations MLflow knows, of which folders may be gone.
+    """
+    if sweep.config.confirmation is not None:
+        raise ValueError(f"{sweep.dir} is a confirmation itself; confirm its sweep")
+    if is_running(sweep.dir):
+        raise ValueError(
+            f"the sweep {sweep.dir} runs, and its best trials may still change; wait for its end, "
+            f"or stop it by 'contrasweep stop {sweep.dir}'"
+        )
+    state = load_state(sweep.dir / FILE_NAME)
+    begun = confirmations(sweep.dir)
+    unfinished = [number for number, path in begun.items() if not _is_finished(path)]
+    used = max([*begun, recorded])
+    ordinal = unfinished[-1] if unfinished else used + 1
+    candidates, notes = _candidates(sweep, state, wish)
+    config = _configuration(sweep, state, wish, candidates, ordinal)
+    if unfinished:
+        return _continued(begun[ordinal], config, notes)
+    if used and not wish.again:
+        raise ValueError(
+            f"the sweep {sweep.dir} is confirmed already; 'contrasweep report {sweep.dir}' tells "
+            "what was found. --again uses the test split once more, and is marked as such"
+        )
+    if used:
+        notes.append(f"the test split was used {used} times before, which the record says")
+    return ConfirmationPlan(config, notes=tuple(notes))
+
+
+def _is_finished(directory: Path) -> bool:
+    ended = load_state(directory / FILE_NAME).ended
+    return ended is not None and ended["state"] == "finished"
+
+
+def _continued(directory: Path, config: SweepConfig, notes: list[str]) -> ConfirmationPlan:
+    begun = parse_sweep(load_state(directory / FILE_NAME).header["config"])
+    if (begun.confirmation, begun.epochs) != (config.confirmation, config.epochs):
+        raise ValueError(
+            f"{directory} is unfinished and was to be another one (other candidates, seeds or "
+            f"epochs); end it first by 'contrasweep resume {directory}'"
+        )
+    note = f"goes on with {directory}"
+    return ConfirmationPlan(begun, resumes=directory, notes=(*notes, note))
+
+
+def _configuration(
+    sweep: Sweep, state: SweepState, wish: Wish, candidates: list[Candidate], ordinal: int
+) -> SweepConfig:
+    """The sweep's own configuration, but for what is searched, and how."""
+    config, header = sweep.config, state.header
+    seeds = [derived_seed(config.seed, n, f"confirm {ordinal}") for n in range(wish.seeds)]
+    confirmation = Confirmation(
+        sweep_id=header["sweep_id"],
+        sweep=str(header["config"]["name"]),
+        ordinal=ordinal,
+        data_digest=header["data"]["digest"],
+        candidates=tuple(candidates),
+        seeds=tuple(seeds),
+    )
+    storage = config.storage and joined(config.storage, str(header["config"]["name"]))
+    in_memory = held_in_memory(header["data"]) if config.in_memory == "auto" else config.in_memory
+    kept = (
+        *("dataset", "labelled", "data_dir", "train_limit", "val_limit", "test_limit", "seed"),
+        *("report_every", "cpus_per_trial", "gpus_per_trial", "max_concurrent"),
+        *("memory_per_trial", "failures_alike", "node_cache", "offline_tracking"),
+    )
+    return parse_sweep(
+        {
+            **{name: getattr(config, name) for name in kept},
+            "name": f"{FOLDER}{ordinal}",
+            "out": str(sweep.dir),
+            "space": SPACE,
+            "fixed": {k: v for k, v in config.fixed.items() if k in SHARED_FIELDS},
+            "in_memory": in_memory,
+            "trials": confirmation.trials,
+            "epochs": wish.epochs or config.epochs,
+            "default_trial": False,
+            "sampler": "grid",
+            "grid_points": max(2, wish.seeds),
+            "scheduler": "none",
+            "objective": _objective(config),
+            "keep_checkpoints": confirmation.trials,
+            "pictures": False,
+            "address": config.address if wish.address is None else wish.address,
+            "storage": storage,
+            "tracking_uri": config.tracking_uri,
+            "confirmation": confirmation.model_dump(),
+        }
+    )
+
+
+def _objective(config: SweepConfig) -> str:
+    return OBJECTIVE if config.objective in LABEL_FREE else config.objective
+
+
+def _candidates(sweep: Sweep, state: SweepState, wish: Wish) -> tuple[list[Candidate], list[str]]:
+    """The best completed trials, each configuration once, and the baseline; notes for the user."""
+    objective, own = _objective(sweep.config), sweep.config.objective
+    completed = [
+        trial
+        for trial in state.trials.values()
+        if trial.state == "completed" and None not in trial.values((objective, own))
+    ]
+    if not completed:
+        raise ValueError(
+            f"{sweep.dir} has no completed trial with a value of {objective}, so there is nothing "
+            f"to confirm; go on with 'contrasweep resume {sweep.dir}'"
+        )
+    completed.sort(key=lambda t: (-score_of(t.value(own), sweep.config.mode), t.number))
+    files = from_json(state.header.get("loss_files", []))
+    check_loss_files(files, sweep.dir, originals=False)
+
+    def candidate(trial: TrialState, *, top: bool) -> Candidate:
+        config = with_copied_loss(parse_config(trial.config), files, sweep.dir)
+        return Candidate(
+            name=f"trial {trial.number}",
+            trial=trial.number,
+            top=top,
+            baseline=False,
+            searched_value=trial.value(objective),
+            params=trial.params,
+            fields=_own_fields(config),
+        )
+
+    found: dict[str, Candidate] = {}
+    for trial in completed:
+        each = candidate(trial, top=True)
+        found.setdefault(_key(each.fields), each)
+        if len(found) == wish.top:
+            break
+    notes = []
+    if len(found) < wish.top:
+        notes.append(f"only {len(found)} different configurations were completed; all are taken")
+    base = _baseline(sweep, state, wish.baseline, candidate)
+    if base is not None:
+        known = found.get(_key(base.fields))
+        if known is not None:
+            notes.append(f"the baseline, {base.name}, is {known.name}, one of the best")
+            base = known
+        found[_key(base.fields)] = base.model_copy(update={"baseline": True})
+    return list(found.values()), notes
+
+
+def _baseline(sweep: Sweep, state: SweepState, asked: str, candidate: Any) -> Candidate | None:
+    if asked == NONE:
+        return None
+    if asked != DEFAULT:
+        if not asked.isdecimal() or int(asked) not in state.trials:
+            raise ValueError(
+                f"--baseline must be default, none or a trial's number (0 to "
+                f"{max(state.trials)}), got {asked}"
+            )
+        chosen: Candidate = candidate(state.trials[int(asked)], top=False)
+        return chosen
+    default = next((t for t in state.trials.values() if t.is_default and not t.failure), None)
+    if default is not None:
+        tried: Candidate = candidate(default, top=False)
+        return tried.model_copy(update={"name": DEFAULT})
+    base = parse_config(sweep.config.base_fields())
+    space = with_fixed(_space(sweep), sweep.config.base_fields())
+    params = default_params(space, base.model_dump())
+    fields = {**sweep.config.base_fields(), **run_space(space, FixedTrial(params))}
+    return Candidate(
+        name=DEFAULT,
+        trial=None,
+        top=False,
+        baseline=True,
+        searched_value=None,
+        params=params,
+        fields=_own_fields(parse_config(fields)),
+    )
+
+
+def _space(sweep: Sweep) -> Any:
+    copy = sweep.dir / SPACE_COPY
+    if not copy.exists():
+        return load_space(sweep.config.space)
+    return load_space(f"{copy}:{sweep.config.space.rpartition(':')[2]}")
+
+
+def _own_fields(config: TrainConfig) -> dict[str, Any]:
+    """What a candidate sets: all but what its sweep shares, and the seed."""
+    fields = config.model_dump()
+    return {name: value for name, value in fields.items() if name not in (*SHARED_FIELDS, "seed")}
+
+
+def _key(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, sort_keys=True, default=str)

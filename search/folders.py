@@ -1,0 +1,35 @@
+"""Where a sweep is: its folder, and the place on a storage that its checkpoints have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from search.config import SweepConfig
+from search.journal import FILE_NAME
+from search.locks import LOCK_NAME
+from search.storage import Folder, Storage, joined, storage_at
+
+
+def sweep_folder(directory: Path) -> Path:
+    """`directory`, made absolute; ValueError if no sweep is there."""
+    directory = directory.expanduser().resolve()
+    if not (directory / FILE_NAME).is_file():
+        raise ValueError(f"{directory} is not a sweep's folder: it has no {FILE_NAME}")
+    return directory
+
+
+def storage_of(config: SweepConfig, directory: Path, name: str) -> Storage:
+    """Where checkpoints lie: in the sweep's own folder, or in its place on the storage."""
+    return Folder(directory) if config.storage is None else storage_at(joined(config.storage, name))
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a driver holds the sweep's folder at the moment."""
+    lock = FileLock(directory / LOCK_NAME)
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True

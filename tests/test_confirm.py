@@ -1,0 +1,262 @@
+"""Confirmations: who is confirmed, with which seeds, and that the test split is used once."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search.candidates import Wish, plan_confirmation
+from search.config import SHARED_FIELDS, SweepConfig
+from search.confirmation import ConfirmationSpace, packed, title, unpacked
+from search.confirmed import confirmed_winner, to_record, winner
+from search.journal import FILE_NAME, Journal, load_state
+from search.plan import make_plan
+from search.points import grid
+from search.run import Sweep
+from search.segments import Segment
+from search.simulate import Outcome
+from search.state import SweepState, TrialState
+from search.store import connect, recorded_confirmations, runs_of
+from tests.chaos import Attack, checked
+from tests.simulated import simulated_sweep
+from trainer.config import TrainConfig
+from trainer.datasets import Split, load_for
+from trainer.loop import Trainer
+
+
+def curve(segment: Segment, mark: int) -> Outcome:
+    """The higher the learning rate, the better; one trial in nine diverges."""
+    if segment.number % 9 == 7 and mark > 200:
+        return Outcome(kind="diverged", reason="nan", samples_seen=250)
+    rough = random.Random(f"{segment.number} {mark}").gauss(0, 0.001)
+    return Outcome({"knn_top1": float(segment.fields["lr"]) * (mark / 600) ** 0.5 + rough})
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    return Sweep.open(simulated_sweep(tmp_path_factory.mktemp("runs"), curve, trials=20, seed=3))
+
+
+def ranked(state: SweepState) -> list[TrialState]:
+    done = [each for each in state.trials.values() if each.state == "completed"]
+    return sorted(done, key=lambda trial: -(trial.value("knn_top1") or 0))
+
+
+# --- what an encoder answers
+
+
+def test_answers_are_the_accuracies_image_by_image() -> None:
+    config = TrainConfig(epochs=0.5, train_limit=200, image_size=8, batch_size=64)
+    data = load_for(config, labels_needed=True)
+    trainer = Trainer(config, data)
+    (report,) = trainer.run()
+    right = trainer.answers()
+    assert right["knn_top1"].mean() == report.knn_top1
+    assert right["linear_top1"].mean() == report.linear_top1
+    tested = {name: each.mean() for name, each in right.items() if name.startswith("test_")}
+    assert tested == trainer.test()
+    assert {len(each) for name, each in right.items() if name in tested} == {len(data.test)}
+    nothing = Split(data.test.pixels(slice(0)), data.test.labels[:0])
+    bare = dataclasses.replace(data, test=nothing)
+    with pytest.raises(ValueError, match="no labelled test images"):
+        Trainer(config, bare).answers()
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_packed_answers_are_told_again(right: list[bool]) -> None:
+    text = packed(np.array(right, dtype=bool))
+    assert unpacked(text, len(right)).tolist() == right
+    with pytest.raises(ValueError, match="are not the answers to"):
+        unpacked(text, len(right) + 8)
+
+
+# --- who is confirmed
+
+
+def test_the_best_are_confirmed_and_compared_with_the_default(swept: Sweep) -> None:
+    state = load_state(swept.dir / FILE_NAME)
+    plan = plan_confirmation(swept, Wish(top=2, seeds=4, epochs=9))
+    confirmation = plan.config.confirmation
+    assert confirmation is not None
+    best = ranked(state)[:2]
+    *tops, default = confirmation.candidates
+    assert [each.trial for each in tops] == [trial.number for trial in best]
+    assert [each.searched_value for each in tops] == [trial.value("knn_top1") for trial in best]
+    assert all(each.top and not each.baseline for each in tops)
+    assert (default.name, default.top, default.baseline) == ("default", False, True)
+    assert default.fields["lr"] == TrainConfig().lr
+    for each, trial in zip(tops, best, strict=True):
+        assert each.params == trial.params
+        assert each.fields["lr"] == trial.config["lr"]
+        assert not set(each.fields) & {*SHARED_FIELDS, "seed"}
+    assert plan.config.trials == 12
+    assert plan.config.epochs == 9
+    assert (plan.config.out, plan.config.name) == (str(swept.dir), "confirm-1")
+    assert title(plan.config.model_dump()) == "swept/confirm-1"
+    assert plan.config.scheduler == "none"
+    used = {trial.config["seed"] for trial in state.trials.values()}
+    assert len(set(confirmation.seeds)) == 4
+    assert not used & set(confirmation.seeds)
+
+
+def test_every_candidate_is_trained_with_every_seed(swept: Sweep) -> None:
+    confirmation = plan_confirmation(swept, Wish(top=2, seeds=3)).config.confirmation
+    assert confirmation is not None
+    space = ConfirmationSpace(confirmation)
+    points = grid(space, 3, 9)
+    assert {(each["candidate"], each["repeat"]) for each in points} == {
+        (candidate.name, repeat) for candidate in confirmation.candidates for repeat in range(3)
+    }
+
+
+def test_a_baseline_that_is_one_of_the_best_is_trained_once(swept: Sweep) -> None:
+    first = ranked(load_state(swept.dir / FILE_NAME))[0].number
+    plan = plan_confirmation(swept, Wish(top=2, baseline=str(first)))
+    assert plan.config.confirmation is not None
+    candidates = plan.config.confirmation.candidates
+    assert [(each.top, each.baseline) for each in candidates] == [(True, True), (True, False)]
+    assert "is one of the best" in " ".join(plan.notes) or "one of the best" in plan.notes[0]
+    alone = plan_confirmation(swept, Wish(top=2, baseline="none")).config.confirmation
+    assert alone is not None
+    assert not any(each.baseline for each in alone.candidates)
+
+
+@pytest.mark.parametrize("baseline", ["99", "-1", "best"])
+def test_a_baseline_that_is_none_is_refused(swept: Sweep, baseline: str) -> None:
+    with pytest.raises(ValueError, match=r"--baseline must be default, none or a trial's number"):
+        plan_confirmation(swept, Wish(baseline=baseline))
+
+
+def test_fewer_are_taken_where_there_are_no_more(swept: Sweep) -> None:
+    done = len(ranked(load_state(swept.dir / FILE_NAME)))
+    plan = plan_confirmation(swept, Wish(top=done + 5, baseline="none"))
+    assert plan.config.confirmation is not None
+    assert len(plan.config.confirmation.candidates) == done
+    assert plan.notes == (f"only {done} different configurations were completed; all are taken",)
+
+
+def test_a_sweep_without_a_completed_trial_has_nothing_to_confirm(tmp_path: Path) -> None:
+    failing = simulated_sweep(
+        tmp_path, lambda segment, mark: Outcome(kind="diverged", reason="nan", samples_seen=1)
+    )
+    with pytest.raises(ValueError, match="no completed trial with a value of knn_top1"):
+        plan_confirmation(Sweep.open(failing), Wish())
+
+
+# --- a second time
+
+
+def begin(config: SweepConfig, source: Sweep, *, state: str | None = None) -> Path:
+    """A confirmation's folder with the start of its journal, and its end where a state is given."""
+    header = load_state(source.dir / FILE_NAME).header
+    folder = Path(config.out) / str(config.name)
+    folder.mkdir()
+    (folder / "sweep.yaml").write_text(config.to_yaml({}))
+    journal = Journal.create(folder / FILE_NAME)
+    begun = {**header, "config": config.model_dump(), "sweep_id": "another"}
+    del begun["event"], begun["time"]
+    journal.append("sweep_started", **begun)
+    if state:
+        journal.append("sweep_finished", state=state, reason="")
+    return folder
+
+
+def test_an_unfinished_one_goes_on_and_a_second_is_asked_for(tmp_path: Path) -> None:
+    sweep = Sweep.open(simulated_sweep(tmp_path, curve, trials=20))
+    first = plan_confirmation(sweep, Wish(top=1))
+    folder = begin(first.config, sweep)
+    again = plan_confirmation(sweep, Wish(top=1))
+    assert (again.resumes, again.config) == (folder, first.config)
+    with pytest.raises(ValueError, match="is unfinished and was to be another one"):
+        plan_confirmation(sweep, Wish(top=2))
+    Journal(folder / FILE_NAME).append("sweep_finished", state="finished", reason="")
+    with pytest.raises(ValueError, match="is confirmed already"):
+        plan_confirmation(sweep, Wish(top=2))
+    second = plan_confirmation(sweep, Wish(top=2, again=True))
+    assert second.config.name == "confirm-2"
+    assert second.config.confirmation is not None
+    assert second.config.confirmation.ordinal == 2
+    assert first.config.confirmation is not None
+    assert not set(first.config.confirmation.seeds) & set(second.config.confirmation.seeds)
+    with pytest.raises(ValueError, match="is a confirmation itself"):
+        plan_confirmation(Sweep.open(folder), Wish())
+
+
+def test_what_mlflow_knows_counts_where_the_folder_is_gone(swept: Sweep) -> None:
+    with pytest.raises(ValueError, match="is confirmed already"):
+        plan_confirmation(swept, Wish(), recorded=2)
+    plan = plan_confirmation(swept, Wish(again=True), recorded=2)
+    assert plan.config.name == "confirm-3"
+
+
+def test_other_data_than_the_sweeps_are_refused(swept: Sweep) -> None:
+    config = plan_confirmation(swept, Wish(top=1)).config
+    with pytest.raises(ValueError, match="data set digits has changed since the sweep swept began"):
+        make_plan(config)
+
+
+# --- the real thing
+
+CONFIRM = ["--top", "1", "--seeds", "2", "--epochs", "2"]
+
+
+@pytest.mark.slow
+def test_a_killed_confirmation_goes_on_and_tells_all(tmp_path: Path) -> None:
+    victim = Attack(tmp_path, "swept")
+    fields = ["--set", "image_size=8", "--train-limit", "200", "--set", "batch_size=64"]
+    victim.run(
+        *("sweep", "--name", "swept", "--trials", "2", "--epochs", "1", "--scheduler", "none"),
+        *(*fields, "--json"),
+    )
+    assert victim.end()["state"] == "finished"
+    source = load_state(victim.dir / FILE_NAME).header["sweep_id"]
+    confirming = Attack(victim.dir, "confirm-1", out=".")
+    confirming.run("confirm", str(victim.dir), *CONFIRM, "--json")
+    confirming.until(lambda state: state.trials and state.reports)
+    confirming.kill()
+    confirming.run("confirm", str(victim.dir), *CONFIRM, "--json")
+    told = confirming.end()
+    state = load_state(confirming.journal)
+    config = SweepConfig.model_validate(state.header["config"])
+    assert state.counts() == {"completed": 4}
+    assert checked(confirming.dir, {})["faults"] == []
+
+    # test was used at each trial's end and at no other report
+    ends = [trial.last_report for trial in state.trials.values()]
+    for report in state.reports:
+        at_end = report in ends
+        assert ("correct" in report) == ("test_knn_top1" in report["metrics"]) == at_end
+    assert config.confirmation is not None
+    record = to_record(state, config.confirmation)
+    for each, trial in zip(record["trials"], state.trials.values(), strict=True):
+        right = unpacked(each["correct"]["test_linear_top1"], record["test_images"])
+        assert trial.value("test_linear_top1") == right.mean()
+
+    uri = f"sqlite:///{tmp_path / victim.out / 'mlflow.db'}"
+    client = connect(uri)
+    experiment = client.get_experiment_by_name("contrasweep")
+    assert experiment is not None
+    runs = list(runs_of(client, experiment.experiment_id, state.header["sweep_id"]))
+    (parent,) = (run for run in runs if run.data.tags["contrasweep.kind"] == "confirmation")
+    (of_sweep,) = (
+        run
+        for run in runs_of(client, experiment.experiment_id, source)
+        if run.data.tags["contrasweep.kind"] == "sweep"
+    )
+    assert parent.data.tags["mlflow.parentRunId"] == of_sweep.info.run_id
+    assert parent.data.tags["contrasweep.confirms"] == source
+    assert recorded_confirmations(client, source) == 1
+    path = client.download_artifacts(parent.info.run_id, "confirmation.json", str(tmp_path))
+    assert json.loads(Path(path).read_text()) == record
+
+    model = confirmed_winner(victim.dir)
+    best = winner(state, config)
+    assert model is not None
+    assert best is not None
+    assert (model.directory, model.trial) == (confirming.dir, best.number)
+    assert told["winner"]["trial"] == best.number
