@@ -16,7 +16,7 @@ def verdict_of(summary: dict[str, Any]) -> list[str]:
         return [nothing, *_missing(summary)]
     return [
         *_headline(summary),
-        *_against_baseline(summary),
+        *against_baseline(summary),
         *_among_the_best(summary),
         *_optimism(summary),
         *_used_before(summary),
@@ -69,7 +69,8 @@ def _headline(summary: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _against_baseline(summary: dict[str, Any]) -> Iterator[str]:
+def against_baseline(summary: dict[str, Any]) -> Iterator[str]:
+    """The winner and the baseline on test; empty where both are one."""
     name, baseline = summary["winner"]["candidate"], summary["baseline"]
     if baseline is None:
         yield "No baseline was trained, so that what the search gained is not known."

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any, TypedDict
 
 import numpy as np
@@ -17,6 +19,7 @@ from scipy.stats import binom, hypergeom, mannwhitneyu, spearmanr
 
 from analysis.load import FAILED_STATES, SweepFrames, SweepInfo
 from analysis.summary import Sureness, joined
+from analysis.tables import is_accuracy
 from analysis.words import ENDING_LABELS, format_count, format_value
 
 MOST = 4
@@ -27,6 +30,8 @@ LEAST_FOR_ORDER = 20
 LEAST_FAILED = 3
 UNSTOPPED_SAMPLERS = ("gp", "nsga2")
 """Samplers that learn from whole trials alone, so that no scheduler goes with them."""
+JUDGE = "knn_top1"
+"""What a confirmation is decided by where the objective needs no labels."""
 LEVEL = 0.05
 """Chance of a false advice on ranges, and on where trials fail, in the whole sweep."""
 
@@ -39,10 +44,20 @@ class Step(TypedDict):
     weight: float  # what weighs more stands first
 
 
-def next_steps(frames: SweepFrames, sure: Sureness, most: int = MOST) -> list[Step]:
-    """At most so many steps, the weightiest first; empty where the record cannot tell."""
-    rules = (_failures, _ranges, _noise, _audit, _length, _more_trials, _early_stopping)
+def next_steps(
+    frames: SweepFrames,
+    sure: Sureness,
+    most: int = MOST,
+    *,
+    confirmed: Mapping[str, Any] | None = None,
+) -> list[Step]:
+    """At most so many steps, the weightiest first; empty where the record cannot tell.
+
+    `confirmed` is the head of the newest confirmation (`analysis.confirmation_section`).
+    """
+    rules = (_failures, _ranges, _audit, _length, _more_trials, _early_stopping)
     found = [step for rule in rules for step in rule(frames, sure)]
+    found += _confirm(frames, sure, confirmed)
     return sorted(found, key=lambda step: -step["weight"])[:most]
 
 
@@ -147,21 +162,46 @@ def _bounds(text: str | None) -> tuple[float, float, bool, float] | None:
     return float(low), float(high), log, max(OUTER, 1 / levels)
 
 
-def _noise(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:
-    """Several trials cannot be told apart from the winner."""
-    alike = sure["alike"]
-    if alike is None or alike < 2:
+def _confirm(
+    frames: SweepFrames, sure: Sureness, confirmed: Mapping[str, Any] | None
+) -> Iterator[Step]:
+    """The winner's value is the best of several noisy ones; a confirmed one can be used."""
+    info, alike = frames.info, sure["alike"] or 0
+    if confirmed is not None:
+        if confirmed["result"] != "worse":
+            yield Step(
+                action=f"Export the confirmed encoder: {command('export', info)}",
+                reason=f"{confirmed['candidate']} has been trained with fresh seeds and tested.",
+                weight=50.0,
+            )
         return
-    top = min(alike + 1, 5)
-    numbers = joined(sure["alike_numbers"][:top])
-    few = f" Their values come from {format_count(frames.info['val_images'] or 0)} images."
-    yield Step(
-        action=f"Run the best {top} again with fresh seeds, on more validation images if there are "
-        "any, rather than run more trials.",
-        reason=f"{alike:,} other completed trials cannot be told apart from the winner; the best "
-        f"of them all: trials {numbers}.{few}",
-        weight=75.0 if alike >= 4 else 60.0,
+    labelled = is_accuracy(info["objective"]) or JUDGE in frames.last
+    if info["state"] == "running" or sure["completed"] < 2 or not labelled:
+        return
+    top = min(alike + 1, 5) if alike >= 2 else min(3, sure["completed"])
+    reason = (
+        f"The winner's value is the best of {sure['completed']:,} noisy ones; fresh seeds and the "
+        "test split tell what holds of it, with an interval, and whether it beats the default."
     )
+    if alike >= 2:
+        numbers = joined(sure["alike_numbers"][:top])
+        reason = (
+            f"{alike:,} other completed trials cannot be told apart from the winner; the best of "
+            f"them all: trials {numbers}. Their values come from "
+            f"{format_count(info['val_images'] or 0)} images. Fresh seeds tell more than more "
+            "trials do."
+        )
+    yield Step(
+        action=f"Confirm the best {top} with fresh seeds: {command('confirm', info)} --top {top}",
+        reason=reason,
+        weight=85.0,
+    )
+
+
+def command(verb: str, info: SweepInfo) -> str:
+    """What is typed to do something with this sweep."""
+    runs = PurePath(info["config"].get("out") or "runs").name or "runs"
+    return f"contrasweep {verb} {shlex.quote(f'{runs}/' + info['name'])}"
 
 
 def _audit(frames: SweepFrames, sure: Sureness) -> Iterator[Step]:

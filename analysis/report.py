@@ -11,11 +11,13 @@ import pandas as pd
 from analysis.artifacts import SweepPictures
 from analysis.board import board_section
 from analysis.compare_page import compare_section
+from analysis.confirmation_record import SweepConfirmations
+from analysis.confirmation_section import confirmation_section
 from analysis.cost import cost_of
 from analysis.effects_section import effects_section
 from analysis.levels import stratified_field
 from analysis.load import FAILED_STATES, SweepFrames
-from analysis.next_steps import next_steps
+from analysis.next_steps import command, next_steps
 from analysis.page import Figures, render, write_atomic
 from analysis.pareto import pareto_figure, pareto_rows
 from analysis.pictures import pictures_section
@@ -46,19 +48,20 @@ def write_report(
     *,
     advice: Sequence[Mapping[str, Any] | None] = (),
     pictures: Sequence[SweepPictures | None] = (),
+    confirmations: Sequence[SweepConfirmations | None] = (),
 ) -> Path:
     """Write `index.html` and `leaderboard.csv` into `out_dir`; returns the page's path.
 
-    Several sweeps share one page that begins with their comparison. `advice` on early stopping
-    and `pictures` of what was learned are one a sweep, in the same order, or none at all. Each
-    file appears whole or not at all, and none before both are made. ValueError for an empty list,
-    and for sweeps of different objectives.
+    Several sweeps share one page that begins with their comparison. `advice` on early stopping,
+    `pictures` of what was learned and `confirmations` are one a sweep, in the same order, or none
+    at all. Each file appears whole or not at all, and none before both are made. ValueError for an
+    empty list, and for sweeps of different objectives.
     """
     sweeps = [frames] if isinstance(frames, SweepFrames) else list(frames)
     if not sweeps:
         raise ValueError("a report needs at least one sweep, got none")
     _check_one_objective(sweeps)
-    table, html = leaderboard_csv(sweeps), render_page(sweeps, advice, pictures)
+    table, html = leaderboard_csv(sweeps), render_page(sweeps, advice, pictures, confirmations)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(out_dir / "leaderboard.csv", table)
     page = out_dir / "index.html"
@@ -99,16 +102,18 @@ def render_page(
     sweeps: Sequence[SweepFrames],
     advice: Sequence[Mapping[str, Any] | None] = (),
     pictures: Sequence[SweepPictures | None] = (),
+    confirmations: Sequence[SweepConfirmations | None] = (),
 ) -> str:
     """The page's HTML; arguments as those of `write_report`."""
     figures = Figures()
     sections = [
-        _section(frames, f"s{index}", figures, told, seen)
-        for index, (frames, told, seen) in enumerate(
+        _section(frames, f"s{index}", figures, told, seen, confirmed)
+        for index, (frames, told, seen, confirmed) in enumerate(
             zip(
                 sweeps,
                 advice or [None] * len(sweeps),
                 pictures or [None] * len(sweeps),
+                confirmations or [None] * len(sweeps),
                 strict=True,
             )
         )
@@ -128,6 +133,7 @@ def _section(
     figures: Figures,
     advice: Mapping[str, Any] | None,
     pictures: SweepPictures | None,
+    confirmations: SweepConfirmations | None,
 ) -> dict[str, Any]:
     """Everything the template says of one sweep; its figures are added to `figures`."""
     info, trials = frames.info, frames.trials
@@ -140,6 +146,8 @@ def _section(
     field = stratified_field(frames)
     pareto = pareto_figure(frames)
     last = frames.curves["time"].max()
+    confirmation = confirmation_section(confirmations, figures, prefix)
+    confirmed = confirmation and confirmation["head"]
     return {
         "id": prefix,
         "info": info,
@@ -150,7 +158,10 @@ def _section(
         "winner_word": winner_word,
         "sure": sure,
         "cost": cost,
-        "next_steps": next_steps(frames, sure),
+        "next_steps": next_steps(frames, sure, confirmed=confirmed),
+        "confirmation": confirmation,
+        "confirmed": confirmed,
+        "confirm_command": command("confirm", info),
         "gain_at": gain_at(summary["gain"]),
         "accuracy": is_accuracy(info["objective"]),
         "scheduler": scheduler(info),

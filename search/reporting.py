@@ -105,6 +105,7 @@ def make_report(sweeps: Sequence[Sweep]) -> tuple[Path, list[list[dict[str, Any]
     """
     from analysis import leaderboard_rows, write_report
     from analysis.artifacts import load_pictures
+    from analysis.confirmation import read_confirmations
     from search.advice import advise
 
     frames = read_each(sweeps)
@@ -113,7 +114,17 @@ def make_report(sweeps: Sequence[Sweep]) -> tuple[Path, list[list[dict[str, Any]
         for each, frame in zip(sweeps, frames, strict=True)
     ]
     advice = [advise(frame) for frame in frames]
-    page = write_report(frames, pages_folder(sweeps), advice=advice, pictures=pictures)
+    confirmations = [
+        read_confirmations(each.tracking_uri, frame.info["sweep_id"])
+        for each, frame in zip(sweeps, frames, strict=True)
+    ]
+    page = write_report(
+        frames,
+        pages_folder(sweeps),
+        advice=advice,
+        pictures=pictures,
+        confirmations=confirmations,
+    )
     return page, [leaderboard_rows(frame) for frame in frames]
 
 

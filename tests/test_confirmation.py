@@ -19,8 +19,12 @@ from analysis.confirmation import (
     read_confirmations,
     summarise_confirmation,
 )
-from analysis.confirmation_record import ARTIFACT, MAX_BYTES, parse_record
+from analysis.confirmation_record import ARTIFACT, MAX_BYTES, SweepConfirmations, parse_record
+from analysis.report import write_report
+from tests.browser import Browser, find_chromium
 from tests.built_confirmations import confirmation, packed, record
+from tests.built_sweeps import built
+from tests.pages import Markup
 
 CLEAR = {"trial 5": 0.75, "trial 7": 0.68, "default": 0.5}
 
@@ -287,3 +291,74 @@ def test_a_record_too_large_is_not_downloaded() -> None:
 def test_a_store_that_does_not_answer_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no tracking store at"):
         load_confirmations(f"sqlite:///{tmp_path / 'gone.db'}", "s")
+
+
+# ---- the page
+
+
+def hostile() -> dict[str, Any]:
+    """A record whose texts are markup, and whose names are long."""
+    names = {"trial 5": 0.7, "<img src=x onerror=alert(1)>" + "w" * 150: 0.6, "default": 0.5}
+    more = {"params": {"<b>": "<script>"}, "searched_value": 0.8, "top": True}
+    return record(names, 3, candidates={next(iter(names)): more}, failed=[("default", 0)])
+
+
+def page_of(folder: Path, *contents: dict[str, Any], notes: tuple[str, ...] = ()) -> Path:
+    found = tuple(
+        confirmation(each, name=f"built/confirm-{each['ordinal']}", run_id=f"r{place}")
+        for place, each in enumerate(contents)
+    )
+    frames = built([0.8, 0.7, 0.6, 0.5], params={"lr": [1.0, 2.0, 3.0, 4.0]}, default=3)
+    return write_report(frames, folder, confirmations=[SweepConfirmations(found, notes)])
+
+
+def test_the_page_tells_what_was_confirmed_newest_first(tmp_path: Path) -> None:
+    notes = ("Confirmation <i>x</i> is left out.",)
+    page = page_of(tmp_path, record(CLEAR, ordinal=2), record(CLEAR, 3), notes=notes)
+    markup = Markup(page.read_text("utf-8"))
+    assert "Confirmed: Trial 5 reaches knn_top1" in markup.text
+    assert "evaluation 2 of the test split, which had been used before" in markup.text
+    assert markup.text.index("built/confirm-2") < markup.text.index("built/confirm-1")
+    assert "Confirmation <i>x</i> is left out." in markup.text  # as text
+    assert "contrasweep export runs/built" in markup.text
+    assert "contrasweep confirm" not in markup.text
+    drawn = markup.figures()["s0-confirm0"]["data"]
+    assert [trace["name"] for trace in drawn] == ["test", "val"]
+    assert ["candidate", "trained", "knn_top1, test"] in [each[:3] for each in markup.tables]
+    assert ["pair", "on test, points", "p, Holm"] in [each[:3] for each in markup.tables]
+
+
+def test_without_a_confirmation_the_page_names_the_command(tmp_path: Path) -> None:
+    frames = built([0.8, 0.7, 0.6, 0.5], name="it's", config={"out": "/data/sweeps"})
+    markup = Markup(write_report(frames, tmp_path).read_text("utf-8"))
+    assert """contrasweep confirm 'sweeps/it'"'"'s' --top 3""" in markup.text
+    assert "Confirmed:" not in markup.text
+    assert "Confirmation with fresh seeds" not in markup.text
+
+
+def test_nothing_of_a_record_is_markup(tmp_path: Path) -> None:
+    text = page_of(tmp_path, hostile()).read_text("utf-8")
+    markup = Markup(text)
+    assert "img" not in markup.tags
+    assert not [name for _, name, _ in markup.attributes if name.startswith("on")]
+    for trace in markup.figures()["s0-confirm0"]["data"]:
+        assert "<img" not in json.dumps(trace)
+    ticks = markup.figures()["s0-confirm0"]["layout"]["yaxis"]["ticktext"]
+    assert ticks[1].startswith("&lt;img src=x")
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
+def test_the_page_fits_a_phone(tmp_path: Path) -> None:
+    page = page_of(tmp_path, hostile(), record(CLEAR, 2))
+    with Browser(tmp_path / "profile") as browser:
+        for dark, width in ((False, 1200), (True, 360)):
+            browser.open(page, width, 12_000, dark=dark)
+            browser.evaluate("new Promise(done => setTimeout(done, 300))")
+            assert browser.evaluate("document.documentElement.scrollWidth") == width
+            browser.screenshot(Path(f"/tmp/cs/conf/page{width}.png"))
+        assert browser.evaluate("document.querySelectorAll('#s0-confirm0 svg').length") > 0
+        assert browser.messages == []
+        assert [url for url in browser.requests if not url.startswith("data:")] == [
+            page.as_uri(),
+            page.as_uri(),
+        ]

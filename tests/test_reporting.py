@@ -34,6 +34,7 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sweep, "open", opened)
     monkeypatch.setattr(reporting, "read_back", lambda sweep: sweep.frames)
     monkeypatch.setattr("analysis.artifacts.load_pictures", lambda uri, run_id: None)
+    monkeypatch.setattr("analysis.confirmation.read_confirmations", lambda uri, sweep_id: None)
     monkeypatch.setattr("search.advice.advise", lambda frames: None)
     monkeypatch.setattr("analysis.write_report", lambda frames, folder, **more: folder / "p")
 

@@ -151,9 +151,13 @@ def test_a_choice_and_a_coarse_range_have_no_end_to_crowd_at() -> None:
 
 def test_alike_trials_are_to_be_run_again() -> None:
     told = advice(built([0.80, 0.795, 0.79, 0.785, *distinct(20, 0.2, 0.5)]))
-    assert "Run the best 4 again with fresh seeds" in told
+    assert "Confirm the best 4 with fresh seeds: contrasweep confirm runs/built --top 4" in told
     assert "trials 0, 1, 2 and 3" in told
-    assert "Confirm" not in advice(built(distinct(12)))
+    apart = advice(built(distinct(12)))
+    assert "Confirm the best 3 with fresh seeds" in apart
+    assert "cannot be told apart" not in apart
+    assert "Confirm" not in advice(built(distinct(12), state="running"))
+    assert "Confirm" not in advice(built(distinct(12), objective="rankme"))
 
 
 def test_failures_are_told_with_where_they_are() -> None:
