@@ -27,7 +27,7 @@ from search.seeds import derived_seed
 from search.state import SweepState, TrialState
 from search.storage import joined
 from search.user_files import check_loss_files, from_json, with_copied_loss
-from spaces import default_params, load_space, run_space, with_fixed
+from spaces import Space, default_params, load_space, run_space, with_fixed
 from trainer.config import TrainConfig, parse_config
 
 DEFAULT, NONE = "default", "none"
@@ -169,41 +169,25 @@ def _candidates(sweep: Sweep, state: SweepState, wish: Wish) -> tuple[list[Candi
             f"to confirm; go on with 'contrasweep resume {sweep.dir}'"
         )
     completed.sort(key=lambda t: (-score_of(t.value(own), sweep.config.mode), t.number))
-    files = from_json(state.header.get("loss_files", []))
-    check_loss_files(files, sweep.dir, originals=False)
-
-    def candidate(trial: TrialState, *, top: bool) -> Candidate:
-        config = with_copied_loss(parse_config(trial.config), files, sweep.dir)
-        return Candidate(
-            name=f"trial {trial.number}",
-            trial=trial.number,
-            top=top,
-            baseline=False,
-            searched_value=trial.value(objective),
-            params=trial.params,
-            fields=_own_fields(config),
-        )
-
     found: dict[str, Candidate] = {}
     for trial in completed:
-        each = candidate(trial, top=True)
-        found.setdefault(_key(each.fields), each)
+        each = _candidate(sweep, state, trial, f"trial {trial.number}", top=True)
+        found.setdefault(_key(each), each)
         if len(found) == wish.top:
             break
     notes = []
     if len(found) < wish.top:
         notes.append(f"only {len(found)} different configurations were completed; all are taken")
-    base = _baseline(sweep, state, wish.baseline, candidate)
+    base = _baseline(sweep, state, wish.baseline)
     if base is not None:
-        known = found.get(_key(base.fields))
+        known = found.get(_key(base))
         if known is not None:
             notes.append(f"the baseline, {base.name}, is {known.name}, one of the best")
-            base = known
-        found[_key(base.fields)] = base.model_copy(update={"baseline": True})
+        found[_key(base)] = (known or base).model_copy(update={"baseline": True})
     return list(found.values()), notes
 
 
-def _baseline(sweep: Sweep, state: SweepState, asked: str, candidate: Any) -> Candidate | None:
+def _baseline(sweep: Sweep, state: SweepState, asked: str) -> Candidate | None:
     if asked == NONE:
         return None
     if asked != DEFAULT:
@@ -212,39 +196,53 @@ def _baseline(sweep: Sweep, state: SweepState, asked: str, candidate: Any) -> Ca
                 f"--baseline must be default, none or a trial's number (0 to "
                 f"{max(state.trials)}), got {asked}"
             )
-        chosen: Candidate = candidate(state.trials[int(asked)], top=False)
-        return chosen
+        return _candidate(sweep, state, state.trials[int(asked)], f"trial {int(asked)}")
     default = next((t for t in state.trials.values() if t.is_default and not t.failure), None)
     if default is not None:
-        tried: Candidate = candidate(default, top=False)
-        return tried.model_copy(update={"name": DEFAULT})
-    base = parse_config(sweep.config.base_fields())
-    space = with_fixed(_space(sweep), sweep.config.base_fields())
-    params = default_params(space, base.model_dump())
-    fields = {**sweep.config.base_fields(), **run_space(space, FixedTrial(params))}
-    return Candidate(
-        name=DEFAULT,
-        trial=None,
-        top=False,
-        baseline=True,
-        searched_value=None,
-        params=params,
-        fields=_own_fields(parse_config(fields)),
+        return _candidate(sweep, state, default, DEFAULT)
+    shared = sweep.config.base_fields()
+    space = with_fixed(_space(sweep), shared)
+    params = default_params(space, parse_config(shared).model_dump())
+    config = parse_config({**shared, **run_space(space, FixedTrial(params))})
+    return _of(config, name=DEFAULT, params=params)
+
+
+def _candidate(
+    sweep: Sweep, state: SweepState, trial: TrialState, name: str, *, top: bool = False
+) -> Candidate:
+    """A trial's configuration, with a loss of the user's from the copy that the sweep used."""
+    files = from_json(state.header.get("loss_files", []))
+    check_loss_files(files, sweep.dir, originals=False)
+    config = with_copied_loss(parse_config(trial.config), files, sweep.dir)
+    value = trial.value(_objective(sweep.config))
+    done = trial.state == "completed"  # else it is that of fewer images
+    found = _of(config, name=name, params=trial.params)
+    return found.model_copy(
+        update={"trial": trial.number, "top": top, "searched_value": value if done else None}
     )
 
 
-def _space(sweep: Sweep) -> Any:
+def _of(config: TrainConfig, *, name: str, params: dict[str, Any]) -> Candidate:
+    """All that the configuration sets but what its sweep shares, and the seed."""
+    left_out = {*SHARED_FIELDS, "seed"}
+    return Candidate(
+        name=name,
+        trial=None,
+        top=False,
+        baseline=False,
+        searched_value=None,
+        params=params,
+        fields={k: v for k, v in config.model_dump().items() if k not in left_out},
+    )
+
+
+def _space(sweep: Sweep) -> Space:
+    """The sweep's own space, from its copy where that is a file of the user's."""
     copy = sweep.dir / SPACE_COPY
     if not copy.exists():
         return load_space(sweep.config.space)
     return load_space(f"{copy}:{sweep.config.space.rpartition(':')[2]}")
 
 
-def _own_fields(config: TrainConfig) -> dict[str, Any]:
-    """What a candidate sets: all but what its sweep shares, and the seed."""
-    fields = config.model_dump()
-    return {name: value for name, value in fields.items() if name not in (*SHARED_FIELDS, "seed")}
-
-
-def _key(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, sort_keys=True, default=str)
+def _key(candidate: Candidate) -> str:
+    return json.dumps(candidate.fields, sort_keys=True, default=str)

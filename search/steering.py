@@ -69,6 +69,8 @@ def enqueue(directory: SweepDir, settings: Values = None, as_json: Json = False)
     texts = _texts(settings)
     state = load_state(directory / FILE_NAME)
     config = parse_sweep(state.header["config"])
+    if config.confirmation is not None:
+        raise ValueError(f"{directory} is a confirmation, which has its trials; enqueue in a sweep")
     params = parse_point(_searched(config, directory, state.header["space_sha256"]), texts)
     field = config.stratified_by
     if field is not None and field not in params:

@@ -21,6 +21,7 @@ from search.run import Sweep
 from search.segments import Segment
 from search.simulate import Outcome
 from search.state import SweepState, TrialState
+from search.steering import enqueue
 from search.store import connect, recorded_confirmations, runs_of
 from tests.chaos import Attack, checked
 from tests.simulated import simulated_sweep
@@ -185,6 +186,8 @@ def test_an_unfinished_one_goes_on_and_a_second_is_asked_for(tmp_path: Path) -> 
     assert not set(first.config.confirmation.seeds) & set(second.config.confirmation.seeds)
     with pytest.raises(ValueError, match="is a confirmation itself"):
         plan_confirmation(Sweep.open(folder), Wish())
+    with pytest.raises(ValueError, match="is a confirmation, which has its trials"):
+        enqueue(folder, ["candidate=default"])
 
 
 def test_what_mlflow_knows_counts_where_the_folder_is_gone(swept: Sweep) -> None:
