@@ -44,7 +44,7 @@ def confirmation_section(
 
 def _item(confirmation: Confirmation, figures: Figures, key: str) -> dict[str, Any]:
     summary = summarise_confirmation(confirmation)
-    rows = confirmation_rows(summary)
+    rows = [row | {"label": _short(row["name"])} for row in confirmation_rows(summary)]
     figure = forest_figure(summary, rows)
     return {
         "id": key,
@@ -88,7 +88,7 @@ def _by_pair(gaps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for gap in gaps:
         row = found.setdefault((gap["first"], gap["second"]), {"test": None, "val": None})
         row[gap["split"]] = gap
-    return [{"first": a, "second": b, **row} for (a, b), row in found.items()]
+    return [{"first": _short(a), "second": _short(b), **row} for (a, b), row in found.items()]
 
 
 def forest_figure(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> go.Figure | None:
@@ -120,7 +120,7 @@ def forest_figure(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> go
             mode="markers",
             marker={"color": colour, "symbol": symbol, "size": 10},
             name=split,
-            customdata=[[escape(_short(row["name"])), row[split]["n"]] for _, row in found],
+            customdata=[[escape(row["label"]), row[split]["n"]] for _, row in found],
             hovertemplate="%{customdata[0]}: %{x:.4f}, %{customdata[1]} seeds<extra>"
             + split
             + "</extra>",
@@ -133,7 +133,7 @@ def forest_figure(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> go
             mode="markers",
             marker={"color": GREY, "symbol": "diamond-open", "size": 11, "line": {"width": 2}},
             name="value of the search, on val",
-            customdata=[[escape(_short(row["name"]))] for _, row in searched],
+            customdata=[[escape(row["label"])] for _, row in searched],
             hovertemplate="%{customdata[0]}: %{x:.4f}<extra>search</extra>",
         )
     figure = finish(
@@ -174,7 +174,7 @@ def _label(row: dict[str, Any]) -> str:
     roles = ["winner"] if row["winner"] else []
     roles += ["baseline"] if row["baseline"] and row["name"] != "baseline" else []
     second = f"<br>({', '.join(roles)})" if roles else ""
-    return escape(_short(row["name"])) + second
+    return escape(row["label"]) + second
 
 
 def _short(name: str) -> str:

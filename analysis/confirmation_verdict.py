@@ -42,7 +42,7 @@ def headline(summary: dict[str, Any]) -> str:
         return ""
     seeds = "1 fresh seed" if figure["n"] == 1 else f"{figure['n']} fresh seeds"
     return (
-        f"{_title(winner['candidate'])} reaches {summary['objective']} {accuracy(figure)} on "
+        f"{capitalised(winner['candidate'])} reaches {summary['objective']} {accuracy(figure)} on "
         f"{format_count(summary['test_images'])} test images, as the mean of {seeds}"
     )
 
@@ -111,7 +111,7 @@ def _among_the_best(summary: dict[str, Any]) -> Iterator[str]:
         yield f"It is better than {listed(better)} on test."
     if worse:
         were = "was" if len(worse) == 1 else "were"
-        yield f"{_title(listed(worse))} {were} better than it on test, though not on val."
+        yield f"{capitalised(listed(worse))} {were} better than it on test, though not on val."
     if open_:
         one = " another of the best" if len(open_) == 1 else " others of the best"
         yield f"It is not told apart from{one}, {listed(open_)}, on test."
@@ -223,5 +223,5 @@ def _needed(gap: dict[str, Any]) -> str:
     return f" About {gap['seeds_needed']} seeds of each would tell, if the difference is real."
 
 
-def _title(name: str) -> str:
+def capitalised(name: str) -> str:
     return name[:1].upper() + name[1:]

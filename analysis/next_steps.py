@@ -11,12 +11,13 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binom, hypergeom, mannwhitneyu, spearmanr
 
+from analysis.confirmation_verdict import capitalised
 from analysis.load import FAILED_STATES, SweepFrames, SweepInfo
 from analysis.summary import Sureness, joined
 from analysis.tables import is_accuracy
@@ -40,6 +41,7 @@ class Step(TypedDict):
     """One thing to try."""
 
     action: str
+    command: NotRequired[str]  # what is typed for it
     reason: str
     weight: float  # what weighs more stands first
 
@@ -170,8 +172,10 @@ def _confirm(
     if confirmed is not None:
         if confirmed["result"] != "worse":
             yield Step(
-                action=f"Export the confirmed encoder: {command('export', info)}",
-                reason=f"{confirmed['candidate']} has been trained with fresh seeds and tested.",
+                action="Export the confirmed encoder.",
+                command=command("export", info),
+                reason=f"{capitalised(confirmed['candidate'])} has been trained with fresh seeds "
+                "and tested.",
                 weight=50.0,
             )
         return
@@ -192,7 +196,8 @@ def _confirm(
             "trials do."
         )
     yield Step(
-        action=f"Confirm the best {top} with fresh seeds: {command('confirm', info)} --top {top}",
+        action=f"Confirm the best {top} with fresh seeds.",
+        command=f"{command('confirm', info)} --top {top}",
         reason=reason,
         weight=85.0,
     )

@@ -148,6 +148,10 @@ def _section(
     last = frames.curves["time"].max()
     confirmation = confirmation_section(confirmations, figures, prefix)
     confirmed = confirmation and confirmation["head"]
+    shown = standing["number"] if standing else None
+    is_confirmed = bool(confirmed and (trials["number"] == confirmed["trial"]).any())
+    if confirmed and is_confirmed:
+        shown = int(confirmed["trial"])
     return {
         "id": prefix,
         "info": info,
@@ -168,7 +172,9 @@ def _section(
         "started": f"{info['start']:%Y-%m-%d %H:%M} UTC",
         "last_report": None if pd.isna(last) else f"{last:%Y-%m-%d %H:%M} UTC",
         "total": len(trials),
-        "settings": settings(frames, standing["number"] if standing else None),
+        "settings": settings(frames, shown),
+        "shown": shown,
+        "shown_is_confirmed": is_confirmed,
         "default": default_number(frames),
         "parameters": frames.parameters,
         "varying": varying_parameters(frames),

@@ -26,6 +26,7 @@ from tests.built_confirmations import confirmation, packed, record
 from tests.built_sweeps import built
 from tests.pages import Markup
 
+WON = {"trial 2": 0.75, "default": 0.5}
 CLEAR = {"trial 5": 0.75, "trial 7": 0.68, "default": 0.5}
 
 
@@ -314,13 +315,14 @@ def page_of(folder: Path, *contents: dict[str, Any], notes: tuple[str, ...] = ()
 
 def test_the_page_tells_what_was_confirmed_newest_first(tmp_path: Path) -> None:
     notes = ("Confirmation <i>x</i> is left out.",)
-    page = page_of(tmp_path, record(CLEAR, ordinal=2), record(CLEAR, 3), notes=notes)
+    page = page_of(tmp_path, record(WON, ordinal=2), record(CLEAR, 3), notes=notes)
     markup = Markup(page.read_text("utf-8"))
-    assert "Confirmed: Trial 5 reaches knn_top1" in markup.text
+    assert "Confirmed: Trial 2 reaches knn_top1" in markup.text
     assert "evaluation 2 of the test split, which had been used before" in markup.text
     assert markup.text.index("built/confirm-2") < markup.text.index("built/confirm-1")
     assert "Confirmation <i>x</i> is left out." in markup.text  # as text
-    assert "contrasweep export runs/built" in markup.text
+    assert "Export the confirmed encoder. contrasweep export runs/built Trial 2 has" in markup.text
+    assert "Confirmed configuration" in markup.text
     assert "contrasweep confirm" not in markup.text
     drawn = markup.figures()["s0-confirm0"]["data"]
     assert [trace["name"] for trace in drawn] == ["test", "val"]
@@ -355,7 +357,6 @@ def test_the_page_fits_a_phone(tmp_path: Path) -> None:
             browser.open(page, width, 12_000, dark=dark)
             browser.evaluate("new Promise(done => setTimeout(done, 300))")
             assert browser.evaluate("document.documentElement.scrollWidth") == width
-            browser.screenshot(Path(f"/tmp/cs/conf/page{width}.png"))
         assert browser.evaluate("document.querySelectorAll('#s0-confirm0 svg').length") > 0
         assert browser.messages == []
         assert [url for url in browser.requests if not url.startswith("data:")] == [

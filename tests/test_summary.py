@@ -28,7 +28,10 @@ def sure_of(frames: SweepFrames) -> Sureness:
 
 
 def advice(frames: SweepFrames) -> str:
-    return " ".join(f"{s['action']} {s['reason']}" for s in next_steps(frames, sure_of(frames), 9))
+    return " ".join(
+        f"{s['action']} {s['command'] + ' ' if 'command' in s else ''}{s['reason']}"
+        for s in next_steps(frames, sure_of(frames), 9)
+    )
 
 
 def distinct(n: int, low: float = 0.2, high: float = 0.8) -> list[float]:
@@ -151,7 +154,7 @@ def test_a_choice_and_a_coarse_range_have_no_end_to_crowd_at() -> None:
 
 def test_alike_trials_are_to_be_run_again() -> None:
     told = advice(built([0.80, 0.795, 0.79, 0.785, *distinct(20, 0.2, 0.5)]))
-    assert "Confirm the best 4 with fresh seeds: contrasweep confirm runs/built --top 4" in told
+    assert "Confirm the best 4 with fresh seeds. contrasweep confirm runs/built --top 4" in told
     assert "trials 0, 1, 2 and 3" in told
     apart = advice(built(distinct(12)))
     assert "Confirm the best 3 with fresh seeds" in apart
