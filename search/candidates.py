@@ -203,23 +203,27 @@ def _baseline(sweep: Sweep, state: SweepState, asked: str) -> Candidate | None:
     shared = sweep.config.base_fields()
     space = with_fixed(_space(sweep), shared)
     params = default_params(space, parse_config(shared).model_dump())
-    config = parse_config({**shared, **run_space(space, FixedTrial(params))})
-    return _of(config, name=DEFAULT, params=params)
+    fields = {**shared, **run_space(space, FixedTrial(params))}
+    return _of(_with_kept_loss(sweep, state, fields), name=DEFAULT, params=params)
 
 
 def _candidate(
     sweep: Sweep, state: SweepState, trial: TrialState, name: str, *, top: bool = False
 ) -> Candidate:
-    """A trial's configuration, with a loss of the user's from the copy that the sweep used."""
-    files = from_json(state.header.get("loss_files", []))
-    check_loss_files(files, sweep.dir, originals=False)
-    config = with_copied_loss(parse_config(trial.config), files, sweep.dir)
+    config = _with_kept_loss(sweep, state, trial.config)
     value = trial.value(_objective(sweep.config))
     done = trial.state == "completed"  # else it is that of fewer images
     found = _of(config, name=name, params=trial.params)
     return found.model_copy(
         update={"trial": trial.number, "top": top, "searched_value": value if done else None}
     )
+
+
+def _with_kept_loss(sweep: Sweep, state: SweepState, fields: dict[str, Any]) -> TrainConfig:
+    """A configuration, with a loss of the user's from the copy that the sweep used."""
+    files = from_json(state.header.get("loss_files", []))
+    check_loss_files(files, sweep.dir, originals=False)
+    return with_copied_loss(parse_config(fields), files, sweep.dir)
 
 
 def _of(config: TrainConfig, *, name: str, params: dict[str, Any]) -> Candidate:
