@@ -4,7 +4,8 @@ Two levels are compared in the expected best of n trials, by the test of `analys
 Holm's correction covers all pairs. n is a third of what the smaller level has: of more there are
 too few separate draws in the sample (at a half, a difference of 1.2 standard deviations between
 20 normal values each was found in 38 % of cases, at a third in 58 %). A verdict is never
-read off marginal means. Three things can stand between a difference and a verdict:
+read off marginal means; what a confirmation says of the best configurations of two levels is told
+beside it (`analysis.confirmed_levels`). Three things can stand between a difference and a verdict:
 
 - chance in which trials were drawn: the test;
 - chance in which images were measured: all trials share the validation images, so that more
@@ -35,6 +36,8 @@ from analysis.best_of import (
     intervals,
     probability_better,
 )
+from analysis.confirmation_record import Confirmation
+from analysis.confirmed_levels import Confirmed, enter_confirmed
 from analysis.frames import SweepFrames
 from analysis.levels import Level, levels_of
 from analysis.tables import is_accuracy, standard_error
@@ -110,6 +113,7 @@ class Pair(TypedDict):
     p_rank: float | None  # Mann-Whitney there, not corrected
     trials_needed: int | None  # of each level, to tell the difference seen; None: nil, or beyond
     beyond: bool  # more than BEYOND times as many would be needed
+    confirmed: Confirmed | None  # their best configurations with fresh seeds, on test
     text: str
 
 
@@ -135,10 +139,17 @@ class Comparison(TypedDict):
     notes: list[str]
 
 
-def compare(sweeps: Sequence[SweepFrames], field: str, *, seed: int = SEED) -> Comparison:
+def compare(
+    sweeps: Sequence[SweepFrames],
+    field: str,
+    *,
+    seed: int = SEED,
+    confirmations: Sequence[Confirmation] | None = None,
+) -> Comparison:
     """Compare the levels of a field, in one sweep or pooled over several.
 
     `field` and the errors are those of `levels.levels_of`; `seed` is that of all resampling.
+    `confirmations` of these sweeps, if they were looked for, may be none.
     """
     found = levels_of(sweeps, field, seed=seed)
     info = sweeps[0].info
@@ -169,6 +180,8 @@ def compare(sweeps: Sequence[SweepFrames], field: str, *, seed: int = SEED) -> C
         verdict="",
         notes=list(found.notes),
     )
+    if confirmations is not None:
+        enter_confirmed(comparison, confirmations)
     for pair in comparison["pairs"]:
         pair["text"] = pair_verdict(pair, comparison)
     comparison["verdict"] = overall_verdict(comparison)
@@ -307,6 +320,7 @@ def _pair(
         p_rank=None,
         trials_needed=None,
         beyond=False,
+        confirmed=None,
         text="",
     )
     a, b = first.outcomes, second.outcomes

@@ -9,6 +9,7 @@ from typing import Any
 
 from analysis.compare import Comparison, compare
 from analysis.compare_plots import differences_figure, expected_best_figure
+from analysis.confirmation_record import Confirmation
 from analysis.frames import SweepFrames
 from analysis.levels import SWEEP
 from analysis.page import Figures, render, write_atomic
@@ -16,10 +17,14 @@ from analysis.tables import is_accuracy
 
 
 def compare_section(
-    sweeps: Sequence[SweepFrames], field: str, figures: Figures, prefix: str
+    sweeps: Sequence[SweepFrames],
+    field: str,
+    figures: Figures,
+    prefix: str,
+    confirmations: Sequence[Confirmation] | None = None,
 ) -> dict[str, Any]:
     """What `compare.html.j2` takes, its figures added to `figures`; errors: those of `compare`."""
-    return section_of(compare(sweeps, field), figures, prefix)
+    return section_of(compare(sweeps, field, confirmations=confirmations), figures, prefix)
 
 
 def section_of(comparison: Comparison, figures: Figures, prefix: str) -> dict[str, Any]:

@@ -199,17 +199,24 @@ def _section(
         "stopping": stopping_section(frames, figures, prefix, advice),
         "compare": None
         if field is None or trials.empty
-        else _compared(frames, field, figures, prefix),
+        else _compared(frames, field, figures, prefix, confirmations),
         "pictures": pictures_section(pictures, figures, prefix, frames),
         "config": info["config"],
         "versions": info["versions"],
     }
 
 
-def _compared(frames: SweepFrames, field: str, figures: Figures, prefix: str) -> dict[str, Any]:
+def _compared(
+    frames: SweepFrames,
+    field: str,
+    figures: Figures,
+    prefix: str,
+    confirmations: SweepConfirmations | None,
+) -> dict[str, Any]:
     """The levels that a sweep was stratified by, or why they are not compared."""
+    found = None if confirmations is None else confirmations.found
     try:
-        return compare_section([frames], field, figures, prefix)
+        return compare_section([frames], field, figures, prefix, found)
     except ValueError as error:  # more levels than can be compared
         return {"refused": str(error)}
 

@@ -32,7 +32,13 @@ def p_value(p: float) -> str:
 
 
 def pair_verdict(pair: Pair, comparison: Comparison) -> str:
-    """One or two sentences on two levels."""
+    """A few sentences on two levels, the last on their best configurations after confirmation."""
+    confirmed = pair["confirmed"]
+    searched = _searched_verdict(pair, comparison)
+    return searched if confirmed is None else f"{searched} {confirmed['text']}"
+
+
+def _searched_verdict(pair: Pair, comparison: Comparison) -> str:
     first, second = pair["first"], pair["second"]
     if pair["result"] == "untested":
         return f"{first} and {second} are not compared: {pair['why']}."

@@ -41,10 +41,18 @@ def compare(
     """Compare the levels of a field: expected best at equal budgets, and is it real?"""
     from analysis.compare import compare as compare_levels
     from analysis.compare_page import write_comparison
+    from analysis.confirmation import read_confirmations
     from search.run import Sweep
 
     sweeps = [Sweep.open(directory) for directory in directories]
-    comparison = compare_levels([read_back(each) for each in sweeps], by, seed=seed)
+    frames = [read_back(each) for each in sweeps]
+    read = [
+        read_confirmations(each.tracking_uri, frame.info["sweep_id"])
+        for each, frame in zip(sweeps, frames, strict=True)
+    ]
+    confirmations = [found for each in read for found in each.found]
+    comparison = compare_levels(frames, by, seed=seed, confirmations=confirmations)
+    comparison["notes"] += [note for each in read for note in each.notes]
     page = write_comparison(comparison, pages_folder(sweeps))
     if as_json:
         print_json({"dir": str(sweeps[0].dir), **comparison, "page": str(page)})

@@ -1,0 +1,171 @@
+"""The best configurations of two levels after a confirmation: their paired difference on test.
+
+A confirmation covers two levels where it has a completed candidate of each. Of a level the
+candidate with the best mean on val stands for it; test decides nothing before the comparison. Of
+several confirmations the newest that covers both counts. Holm's correction covers all pairs.
+
+Left out: levels that are whole sweeps or groups of numbers. Confirmations of two sweeps share no
+seeds, and a group has no value that a candidate could have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from analysis.confirmation import Gap, best_of, correct_for_all, paired_difference
+from analysis.confirmation_record import Candidate, Confirmation
+from analysis.levels import SWEEP
+from analysis.verdict import amount, p_value
+
+if TYPE_CHECKING:
+    from analysis.compare import Comparison
+
+
+class Confirmed(TypedDict):
+    """The best candidates of a pair of levels; `difference` is that of first and second."""
+
+    confirmation: str
+    ordinal: int
+    objective: str
+    first: str  # candidates
+    second: str
+    difference: Gap
+    text: str
+
+
+def enter_confirmed(comparison: Comparison, confirmations: Sequence[Confirmation]) -> None:
+    """Each pair's `confirmed`, and a note on what no confirmation tells."""
+    pairs = comparison["pairs"]
+    named = [(pair["first"], pair["second"]) for pair in pairs]
+    found = confirmed_pairs(confirmations, comparison["field"], named)
+    for pair, each in zip(pairs, found, strict=True):
+        pair["confirmed"] = each
+    lacking = uncovered(confirmations, comparison["field"], named, found)
+    comparison["notes"] += [lacking] if lacking else []
+
+
+def confirmed_pairs(
+    confirmations: Sequence[Confirmation], field: str, pairs: Sequence[tuple[str, str]]
+) -> list[Confirmed | None]:
+    """Of each pair of levels, by their names; None where no confirmation covers both."""
+    newest = sorted(confirmations, key=lambda each: each.start, reverse=True)
+    levels = [(each, _by_level(each, field)) for each in newest]
+    found = [_confirmed(levels, first, second) for first, second in pairs]
+    tested = [each["difference"] for each in found if each is not None]
+    correct_for_all(tested)
+    for each, (first, second) in zip(found, pairs, strict=True):
+        if each is not None:
+            count = sum(gap["p"] is not None for gap in tested)
+            each["text"] = _text(each, first, second, count)
+    return found
+
+
+def uncovered(
+    confirmations: Sequence[Confirmation],
+    field: str,
+    pairs: Sequence[tuple[str, str]],
+    found: Sequence[Confirmed | None],
+) -> str:
+    """A sentence on what no confirmation tells; empty where all is told."""
+    lacking = [pair for pair, each in zip(pairs, found, strict=True) if each is None]
+    if not lacking:
+        return ""
+    if field == SWEEP:
+        return (
+            "Whole sweeps are not compared after confirmation: the confirmations of two sweeps "
+            "share no seeds."
+        )
+    if not confirmations:
+        return (
+            "There is no confirmation of these sweeps, so nothing is known of what the best "
+            "configurations of the levels reach with fresh seeds and on test; contrasweep confirm "
+            "trains them."
+        )
+    named = [f"both {first} and {second}" for first, second in lacking[:3]]
+    rest = f" or {len(lacking) - 3} further pairs" if len(lacking) > 3 else ""
+    return (
+        f"No confirmation covers {', or '.join(named)}{rest}: none has a trained candidate of "
+        "each, so their best configurations were not compared with fresh seeds and on test."
+    )
+
+
+def level_of(candidate: Candidate, field: str) -> str | None:
+    """The name of a candidate's level, as `levels.levels_of` has it; None without a value.
+
+    A searched parameter comes before the trainer's own field.
+    """
+    values = candidate.params if field in candidate.params else candidate.config
+    return level_name(values[field]) if field in values else None
+
+
+def level_name(recorded: Any) -> str:
+    """Numbers in their shortest form, also from text; everything else as text."""
+    if isinstance(recorded, bool):
+        return str(recorded)
+    try:
+        number = float(str(recorded))
+    except ValueError:
+        return str(recorded)
+    return f"{number:g}" if math.isfinite(number) else str(recorded)
+
+
+def _by_level(confirmation: Confirmation, field: str) -> dict[str, list[str]]:
+    """Level -> names of its candidates."""
+    found: dict[str, list[str]] = {}
+    for candidate in confirmation.record.candidates:
+        level = level_of(candidate, field)
+        if level is not None:
+            found.setdefault(level, []).append(candidate.name)
+    return found
+
+
+def _confirmed(
+    levels: Sequence[tuple[Confirmation, dict[str, list[str]]]], first: str, second: str
+) -> Confirmed | None:
+    for confirmation, names in levels:
+        ours, theirs = (best_of(confirmation, names.get(level, [])) for level in (first, second))
+        if ours is None or theirs is None:
+            continue
+        gap = paired_difference(confirmation, ours, theirs, "test")
+        if gap is not None:
+            return Confirmed(
+                confirmation=confirmation.name,
+                ordinal=confirmation.ordinal,
+                objective=confirmation.record.objective,
+                first=ours,
+                second=theirs,
+                difference=gap,
+                text="",
+            )
+    return None
+
+
+def _text(found: Confirmed, first: str, second: str, pairs: int) -> str:
+    gap = found["difference"]
+    ours, theirs = f"the best {first} ({found['first']})", f"the best {second} ({found['second']})"
+    size = amount(abs(gap["mean"]), found["objective"])
+    where = f"with fresh seeds, in {found['objective']} on {gap['images']:,} test images"
+    if gap["low"] is None or gap["high"] is None or gap["p_holm"] is None:
+        side = "ahead of" if gap["mean"] >= 0 else "behind"
+        return (
+            f"Confirmed {where}: {ours} is {size} {side} {theirs}, with 1 common seed, which shows "
+            "nothing."
+        )
+    corrected = f" after Holm's correction for {pairs} pairs" if pairs > 1 else ""
+    inside = (
+        f"95 % interval {100 * gap['low']:.1f} to {100 * gap['high']:.1f}, "
+        f"{p_value(gap['p_holm'])}{corrected}, {gap['n']} seeds"
+    )
+    again = " The test split had been used before." if found["ordinal"] > 1 else ""
+    if gap["result"] in ("better", "worse"):
+        told = f"{ours} is {gap['result']} than {theirs} by {size} ({inside})."
+        return f"Confirmed {where}: {told}{again}"
+    side = "ahead" if gap["mean"] >= 0 else "behind"
+    needed = gap["seeds_needed"]
+    more = f" About {needed} seeds of each would tell, if it is real." if needed else ""
+    return (
+        f"Confirmed {where}: {ours} and {theirs} are not told apart, the first {size} {side} "
+        f"({inside}).{more}{again}"
+    )
