@@ -58,6 +58,9 @@ __all__ = [
     "with_metrics",
 ]
 
+KINDS: tuple[Literal["sweep", "confirmation"], ...] = ("sweep", "confirmation")
+"""Of runs that have trials."""
+
 
 def load_sweep(
     tracking_uri: str,
@@ -68,6 +71,7 @@ def load_sweep(
 ) -> SweepFrames:
     """Read a sweep by its name; of several with one name the newest, or the one of `sweep_id`.
 
+    A confirmation, which is a sweep too, is found by its `sweep_id` alone.
     The learning curves are those of the objective and of `metrics`, each a request a trial over
     HTTP; the last value of every metric is there without that, in `last`. Raises ValueError, in
     one line, for a store that cannot be read, for a sweep that is not in it and for a metric that
@@ -141,9 +145,11 @@ def with_metrics(
 
 def _find_parent(store: Store, name: str, sweep_id: str | None) -> Any:
     parents = store.sweeps()
-    for parent in parents:  # whatever its folder is called by now
-        if sweep_id is not None and parent.data.tags.get(TAG + "sweep_id") == sweep_id:
-            return parent
+    for kind in KINDS if sweep_id is not None else ():
+        for parent in parents if kind == "sweep" else store.sweeps(kind):
+            # whatever its folder is called by now
+            if parent.data.tags.get(TAG + "sweep_id") == sweep_id:
+                return parent
     names = sorted({parent.data.tags.get(TAG + "sweep", "") for parent in parents})
     named = [parent for parent in parents if parent.data.tags.get(TAG + "sweep") == name]
     if not named:

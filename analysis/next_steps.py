@@ -31,6 +31,8 @@ LEAST_FOR_ORDER = 20
 LEAST_FAILED = 3
 UNSTOPPED_SAMPLERS = ("gp", "nsga2")
 """Samplers that learn from whole trials alone, so that no scheduler goes with them."""
+CONFIRMATION = "confirm"
+"""The space of a confirmation."""
 JUDGE = "knn_top1"
 """What a confirmation is decided by where the objective needs no labels."""
 LEVEL = 0.05
@@ -169,6 +171,8 @@ def _confirm(
 ) -> Iterator[Step]:
     """The winner's value is the best of several noisy ones; a confirmed one can be used."""
     info, alike = frames.info, sure["alike"] or 0
+    if info["space"] == CONFIRMATION:
+        return
     if confirmed is not None:
         if confirmed["result"] != "worse":
             yield Step(

@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from analysis.sql import Point, Tables, tables_of
@@ -133,12 +133,12 @@ class Store:
     def _tables(self) -> Tables | None:
         return None if self._uri.startswith("http") else tables_of(self._uri)
 
-    def sweeps(self) -> list[Any]:
-        """MLflow's runs of all sweeps, oldest first."""
+    def sweeps(self, kind: Literal["sweep", "confirmation"] = "sweep") -> list[Any]:
+        """MLflow's runs of all sweeps, or of all that confirm one, oldest first."""
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             return []
-        return list(self._search(experiment.experiment_id, {TAG + "kind": "sweep"}))
+        return list(self._search(experiment.experiment_id, {TAG + "kind": kind}))
 
     def trials(self, experiment_id: str, sweep_id: str) -> Iterator[Run]:
         """The runs of a sweep's trials, oldest first; KeyError for one without a number."""

@@ -20,6 +20,7 @@ from analysis.confirmation import (
     summarise_confirmation,
 )
 from analysis.confirmation_record import ARTIFACT, MAX_BYTES, SweepConfirmations, parse_record
+from analysis.load import load_sweep
 from analysis.report import write_report
 from tests.browser import Browser, find_chromium
 from tests.built_confirmations import confirmation, packed, record
@@ -242,10 +243,10 @@ def store(
 
 
 def recorded(
-    store: tuple[str, MlflowClient, str], sweep_id: str, parent: str, content: Any, **tags: str
+    store: tuple[str, MlflowClient, str], of: str, parent: str, content: Any, **tags: str
 ) -> str:
     _, client, experiment = store
-    about = {"kind": "confirmation", "confirms": sweep_id, "state": "finished"} | tags
+    about = {"kind": "confirmation", "confirms": of, "state": "finished"} | tags
     prefixed = {f"contrasweep.{key}": value for key, value in about.items()}
     run = client.create_run(experiment, tags={**prefixed, "mlflow.parentRunId": parent})
     if content is not None:
@@ -363,3 +364,17 @@ def test_the_page_fits_a_phone(tmp_path: Path) -> None:
             page.as_uri(),
             page.as_uri(),
         ]
+
+
+def test_a_confirmation_is_read_as_a_sweep_by_its_id(
+    store: tuple[str, MlflowClient, str],
+) -> None:
+    uri, client, experiment = store
+    about = {"sweep": "x/confirm-1", "sweep_id": "own", "objective": "knn_top1", "mode": "max"}
+    about |= {"total_images": "4000", "train_images": "1000", "space": "confirm"}
+    recorded(store, "z", "parent", None, **about)
+    trial = {"kind": "trial", "sweep_id": "own", "number": "0", "params": '{"repeat": 0}'}
+    client.create_run(experiment, tags={f"contrasweep.{k}": v for k, v in trial.items()})
+    assert list(load_sweep(uri, "confirm-1", sweep_id="own").trials["number"]) == [0]
+    with pytest.raises(ValueError, match="no sweep 'x/confirm-1'"):
+        load_sweep(uri, "x/confirm-1")
