@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from search.adapt_verb import adapting
 from search.comparisons import comparisons
 from search.config import (
     SweepConfig,
@@ -67,6 +68,7 @@ app = typer.Typer(
 for verbs in (
     training,
     confirming,
+    adapting,
     reporting,
     comparisons,
     replays,

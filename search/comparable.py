@@ -1,16 +1,18 @@
 """Whether an objective's values can be compared between the configurations of a sweep.
 
-An accuracy means the same for all of them. A contrastive loss does not: the same embedding scores
-NT-Xent 2.07 at temperature 0.2 and 5.93 at 1 (512 images), and less in a smaller batch or on
-weaker views, so that minimising it chooses low temperatures, small batches and easy views. The
-effective rank of the features tells runs of one method apart, of one encoder (Garrido et al. 2023,
-https://arxiv.org/abs/2210.02885). Left out: what a user's own loss reads beside the embeddings.
+An accuracy means the same for all of them, that of an adapted classifier where the same labels
+were used. A contrastive loss does not: the same embedding scores NT-Xent 2.07 at temperature 0.2
+and 5.93 at 1 (512 images), and less in a smaller batch or on weaker views, so that minimising it
+chooses low temperatures, small batches and easy views. The effective rank of the features tells
+runs of one method apart, of one encoder (Garrido et al. 2023, https://arxiv.org/abs/2210.02885).
+Left out: what a user's own loss reads beside the embeddings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from search.objectives import OBJECTIVES, OF_ADAPTATION, SECOND_OBJECTIVES
 from trainer.config import TrainConfig
 
 LEAVES_THE_LOSS = frozenset(
@@ -46,9 +48,17 @@ _MOVERS = {
         *("dataset", "labelled", "data_dir", "image_size", "val_limit", "split_seed"),
     ),
     "whether it is measured": ("val_loss",),
+    "what is trained": ("task",),
+    "the loss of an adaptation": (
+        *("class_weights", "label_smoothing", "head", "head_lr", "tuned_stages", "stage_decay"),
+        *("probe_l2",),
+    ),
+    "which labels are used": ("labels_fraction", "labels_seed"),
 }
 MOVES_THE_LOSS = {field: reason for reason, fields in _MOVERS.items() for field in fields}
 """Fields that must not vary where `val_loss` is compared -> what they change."""
+MOVES_THE_ACCURACY = dict.fromkeys(("labels_fraction", "labels_seed"), "which labels are used")
+"""The same for the accuracy of an adaptation: with more labels it is higher."""
 MOVES_THE_RANK = {"loss": "the method", "encoder": "the width of the features"}
 """The same for `rankme`."""
 
@@ -68,6 +78,7 @@ def check_comparable(objectives: Sequence[str], configurations: Sequence[TrainCo
     It names the fields in which they differ and that move its scale. A field that none of the
     configurations reads moves nothing.
     """
+    _check_task(objectives, configurations)
     if "val_loss" in objectives and not all(each.val_loss for each in configurations):
         raise ValueError(
             "the objective val_loss is measured at every report; got val_loss=false, leave it out"
@@ -82,8 +93,27 @@ def check_comparable(objectives: Sequence[str], configurations: Sequence[TrainCo
             )
             raise ValueError(
                 f"values of the objective {objective} are not comparable between trials that "
-                f"differ in {what}; fix what differs, such as by --set {next(iter(moving))}=VALUE, "
-                "or use --objective knn_top1"
+                f"differ in {what}; fix what differs, such as by --set {next(iter(moving))}=VALUE"
+                f"{'' if objective in OF_ADAPTATION else ', or use --objective knn_top1'}"
+            )
+
+
+def _check_task(objectives: Sequence[str], configurations: Sequence[TrainConfig]) -> None:
+    tasks = {each.task for each in configurations}
+    adapts = "pretrain" not in tasks
+    if "pretrain" in tasks and len(tasks) > 1:
+        raise ValueError(
+            "a sweep is of pre-training or of adaptation, and this space has both: "
+            f"{', '.join(sorted(tasks))}; fix one, such as by --set task=finetune"
+        )
+    for objective in objectives:
+        if objective in SECOND_OBJECTIVES or not tasks:
+            continue
+        if (objective in OF_ADAPTATION) != adapts:
+            known = [name for name in OBJECTIVES if (name in OF_ADAPTATION) == adapts]
+            raise ValueError(
+                f"the objective {objective} is not measured with task={min(tasks)}; use "
+                f"--objective {' or '.join(known)}"
             )
 
 
@@ -95,6 +125,10 @@ def _moving(objective: str, differing: Iterable[str]) -> dict[str, str]:
             field: MOVES_THE_LOSS.get(field, unknown)
             for field in differing
             if field not in LEAVES_THE_LOSS
+        }
+    if objective in OF_ADAPTATION:
+        return {
+            field: MOVES_THE_ACCURACY[field] for field in differing if field in MOVES_THE_ACCURACY
         }
     if objective == "rankme":
         return {field: MOVES_THE_RANK[field] for field in differing if field in MOVES_THE_RANK}

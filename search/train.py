@@ -2,7 +2,8 @@
 
 Its folder: config.json, run.json (marks, patience, what of the user's was copied), metrics.csv (a
 row a report), checkpoint.pt (the last report), best.pt (with patience: the best one),
-encoder.safetensors (what is deployed) and result.json once it has ended.
+encoder.safetensors (what is deployed), of an adaptation classifier.safetensors, too, and
+result.json once it has ended.
 """
 
 from __future__ import annotations
@@ -30,17 +31,21 @@ from search.user_files import (
     to_json,
     with_copied_loss,
 )
+from trainer.adapt import Adapter, make_trainer
 from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.classifier import save_classifier
 from trainer.config import TrainConfig, parse_config
 from trainer.datasets import DataSplits
 from trainer.export import save_encoder
 from trainer.loop import Diverged, Report, Trainer, check_names
+from trainer.pretrained import with_fields_of_encoder
 from trainer.sources import InMemory
 from trainer.unread import check_read
 
 CONFIG, RUN, METRICS, RESULT = "config.json", "run.json", "metrics.csv", "result.json"
 COLUMNS = tuple(field.name for field in fields(Report))
 LAST, BEST, ENCODER = "checkpoint.pt", "best.pt", "encoder.safetensors"
+CLASSIFIER = "classifier.safetensors"
 
 
 @dataclass(frozen=True)
@@ -107,13 +112,14 @@ class History:
 
     @staticmethod
     def _score(row: dict[str, Any]) -> float:
-        """kNN accuracy, or the effective rank where there are no labels."""
-        return float(row["rankme"] if row["knn_top1"] is None else row["knn_top1"])
+        """Accuracy of the classifier, or by kNN; the effective rank where there are no labels."""
+        measures = (row.get("top1"), row["knn_top1"], row["rankme"])
+        return float(next(value for value in measures if value is not None))
 
 
 def plan_run(fields: dict[str, Any], given: set[str], *, patience: int | None, test: bool) -> Run:
     """A new run of these fields; ValueError where one of `given` would have no effect."""
-    config = parse_config(fields)
+    config = parse_config(with_fields_of_encoder(fields))
     check_names(config)
     check_read(given, [config])
     return Run(config, patience=patience, test=test)
@@ -187,7 +193,7 @@ def train(
         raise ValueError("--test needs labelled test images; name a source with --labelled")
     if not resume:
         _check_free(out)
-    trainer = Trainer(run.config, data, marks=run.marks)
+    trainer = make_trainer(run.config, data, marks=run.marks)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         if not resume:
@@ -210,7 +216,7 @@ def _check_free(out: Path) -> None:
 
 def _carry_out(
     run: Run,
-    trainer: Trainer,
+    trainer: Trainer | Adapter,
     history: History,
     data: DataSplits,
     out: Path,
@@ -259,7 +265,7 @@ def _has_waited(run: Run, history: History) -> bool:
 
 
 def _train_to_the_end(
-    run: Run, trainer: Trainer, history: History, out: Path, progress: Progress
+    run: Run, trainer: Trainer | Adapter, history: History, out: Path, progress: Progress
 ) -> None:
     """Train to the last mark, or until patience is lost, writing down each report."""
     write_atomically(out / METRICS, _as_csv(history.rows))
@@ -279,7 +285,7 @@ def _train_to_the_end(
 
 
 def _keep(
-    run: Run, trainer: Trainer, history: History, data: DataSplits, out: Path
+    run: Run, trainer: Trainer | Adapter, history: History, data: DataSplits, out: Path
 ) -> dict[str, Any]:
     """Export the encoder that is kept; gives what is known of it."""
     kept = history.rows[-1]
@@ -293,6 +299,9 @@ def _keep(
     metrics = _known([kept])
     if run.test:
         metrics |= trainer.test()
+    if isinstance(trainer, Adapter):
+        data = trainer.data  # with the normalisation of the encoder that was adapted
+        save_classifier(out / CLASSIFIER, trainer)
     save_encoder(
         out / ENCODER,
         trainer.encoder,
@@ -309,7 +318,7 @@ def _known(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: value for row in rows for name, value in row.items() if value is not None}
 
 
-def _continued(trainer: Trainer, out: Path) -> History:
+def _continued(trainer: Trainer | Adapter, out: Path) -> History:
     """Load the last checkpoint, if the run came to one, and the reports up to it."""
     history = History()
     if not (out / LAST).exists():

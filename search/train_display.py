@@ -44,8 +44,9 @@ class TrainDisplay(Progress):
 
     def on_report(self, report: Report) -> None:
         """Print a report's line."""
-        accuracies = (("knn_top1", report.knn_top1), ("linear_top1", report.linear_top1))
-        shown = [f"{name} {value:.4f}" for name, value in accuracies if value is not None]
+        names = ("top1", "knn_top1", "linear_top1")
+        accuracies = {name: getattr(report, name) for name in names}
+        shown = [f"{name} {value:.4f}" for name, value in accuracies.items() if value is not None]
         line = (
             f"{report.samples_seen:>9,} images  epoch {report.epoch:5.1f}  "
             f"loss {report.train_loss:.3f}  {'  '.join(shown) or f'rankme {report.rankme:.1f}'}  "

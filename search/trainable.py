@@ -41,6 +41,7 @@ from search.segments import (
 )
 from search.storage import Folder, Storage, StorageError, joined, patiently
 from search.user_files import LossFile, check_loss_files, with_copied_loss
+from trainer.adapt import Adapter, make_trainer
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import parse_config
 from trainer.datasets import DataSplits
@@ -109,7 +110,7 @@ class ContrastiveTrainable(tune.Trainable):
 
     def _release(self) -> None:
         """Let go of the trial's memory, the cached part too: others share the GPU."""
-        self._trainer: Trainer | None = None
+        self._trainer: Trainer | Adapter | None = None
         self._reports: Iterator[Report] | None = None
         self._limit: MemoryLimit | None = None
         on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -188,7 +189,7 @@ class ContrastiveTrainable(tune.Trainable):
             except ValueError as error:
                 raise NodeError(f"node {socket.gethostname()}: {error}") from None
             self._files = ()
-        self._trainer = Trainer(config, self._data, marks=self._marks)
+        self._trainer = make_trainer(config, self._data, marks=self._marks)
         state = (
             patiently(lambda: self._load(saved), f"read {saved}", on_wait=print) if saved else None
         )

@@ -30,6 +30,7 @@ from typing import Any, TypeAlias, cast
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
 
+from spaces.adapt import adapt
 from spaces.augmentations import augmentations
 from spaces.full import full
 from spaces.losses import losses
@@ -229,4 +230,5 @@ SPACES: dict[str, Space] = {
     "augmentations": augmentations,
     "optim": optim,
     "full": full,
+    "adapt": adapt,
 }

@@ -84,13 +84,30 @@ class TwoViews:
 
         Deterministic for a given state of `generator`, which must be on the same device.
         """
+        self._check(images_BCSS, generator)
+        return self.one_each(torch.cat([images_BCSS, images_BCSS]), generator)
+
+    @torch.no_grad()
+    def one_each(self, images_BCSS: Tensor, generator: torch.Generator) -> Tensor:
+        """One view of every image: uint8 [B,3,S,S] -> normalised float32 [B,3,S,S]."""
+        self._check(images_BCSS, generator)
+        count, channels, size, _ = images_BCSS.shape
+        parameters = sample_parameters(self.config, count, size, generator)
+        out = torch.empty(images_BCSS.shape, device=self.device)
+        chunk = max(1, self._chunk_bytes // (4 * channels * size * size))
+        with torch.autocast(self.device.type, enabled=False):  # bfloat16 would blur the crop
+            for start in range(0, count, chunk):
+                part = slice(start, start + chunk)
+                self.augment(images_BCSS[part], parameters.rows(part), out[part])
+        return out
+
+    def _check(self, images_BCSS: Tensor, generator: torch.Generator) -> None:
         if images_BCSS.dtype != torch.uint8 or images_BCSS.ndim != 4:
             raise ValueError(
                 "images must be uint8 of shape [B, 3, S, S], "
                 f"got {images_BCSS.dtype} {tuple(images_BCSS.shape)}"
             )
-        count, channels, size, width = images_BCSS.shape
-        if channels != 3 or size != width:
+        if images_BCSS.shape[1] != 3 or images_BCSS.shape[2] != images_BCSS.shape[3]:
             raise ValueError(
                 f"images must be square with three channels, got {tuple(images_BCSS.shape)}"
             )
@@ -98,15 +115,6 @@ class TwoViews:
             raise ValueError(
                 f"the generator must be on {self.device} like the images, got {generator.device}"
             )
-        images_NCSS = torch.cat([images_BCSS, images_BCSS])
-        parameters = sample_parameters(self.config, 2 * count, size, generator)
-        out = torch.empty(images_NCSS.shape, device=self.device)
-        chunk = max(1, self._chunk_bytes // (4 * channels * size * size))
-        with torch.autocast(self.device.type, enabled=False):  # bfloat16 would blur the crop
-            for start in range(0, 2 * count, chunk):
-                part = slice(start, start + chunk)
-                self.augment(images_NCSS[part], parameters.rows(part), out[part])
-        return out
 
     def augment(self, images_NCSS: Tensor, parameters: ViewParameters, out: Tensor) -> None:
         """Write one normalised view of each uint8 image to `out`, as `parameters` say."""

@@ -63,6 +63,9 @@ class TrainConfig(BaseModel):
     test_limit: int | None = Field(None, ge=1, description="images kept of test, stratified")
 
     # what is learned
+    task: Literal["pretrain", "linear", "finetune"] = Field(
+        "pretrain", description="pretrain without labels; fit a classifier; tune encoder and head"
+    )
     encoder: str = Field("conv_small", description="`contrasweep encoders` lists")
     encoder_weights: str | None = Field(None, description="file of weights that the encoder has")
     projector_hidden: int = Field(512, ge=1, le=16384, description="projection head, hidden width")
@@ -135,8 +138,35 @@ class TrainConfig(BaseModel):
     cutout_p: Probability = Field(0.0, description="chance of a blank square")
     cutout: float = Field(0.5, ge=0, le=1, description="its side, fraction of the image's")
 
+    # adaptation: tasks linear and finetune
+    labels_fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the train labels that adaptation may use"
+    )
+    labels_seed: int = Field(0, ge=0, lt=2**63, description="of which labels these are")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: every class counts alike, however many images it has"
+    )
+    head: str = Field(
+        "linear", description="finetune: linear, mlp, file.py:function or module:function"
+    )
+    head_lr: float = Field(
+        1.0, gt=0, le=1000, description="finetune: the head's learning rate, times the encoder's"
+    )
+    tuned_stages: int | None = Field(
+        None, ge=0, le=1000, description="finetune: last stages that are tuned; none: all; 0: head"
+    )
+    stage_decay: float = Field(
+        1.0, gt=0, le=1, description="finetune: learning rate of a stage, times the next one's"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="finetune: probability that is spread over all classes"
+    )
+    probe_l2: float = Field(1e-3, gt=0, le=1e3, description="linear: weight of the penalty")
+
     # optimisation
-    epochs: float = Field(10.0, gt=0, le=100_000, description="length of the run")
+    epochs: float = Field(
+        10.0, gt=0, le=100_000, description="length, in passes over as many images as train has"
+    )
     batch_size: int = Field(256, ge=2, le=65536, description="images a step, two views each")
     micro_batch_size: int | None = Field(
         None, ge=1, le=65536, description="most images encoded at a time, same gradients; none: all"
@@ -209,7 +239,11 @@ class TrainConfig(BaseModel):
         return float(getattr(self, f"{name}_p")) if listed else 0.0
 
     def total_images(self, train_images: int) -> int:
-        """Length of the run in images, over a train split of that size."""
+        """Length of the run in images, over a train split of that size.
+
+        That is all of the split, also where an adaptation uses a fraction of its labels: few
+        labels are seen more often, they are not few steps.
+        """
         return max(1, round(self.epochs * train_images))
 
 

@@ -192,18 +192,26 @@ def check_encoder(name: str, image_size: int) -> None:
         raise ValueError(f"encoder {name} cannot take images of {image_size} pixels: {refusal}")
 
 
+def feature_dim_of(name: str, image_size: int) -> int:
+    """Count the features F of an encoder by name; errors are those of `check_encoder`."""
+    check_encoder(name, image_size)
+    if name.startswith(torchvision_models.PREFIX):
+        model = name.removeprefix(torchvision_models.PREFIX)
+        return torchvision_models.feature_dim(model, image_size)
+    return ENCODERS[name].feature_dim
+
+
 def build_encoder(name: str, image_size: int) -> tuple[nn.Module, int]:
     """Build an encoder, float [B, 3, image_size, image_size] -> [B, F], and say its F.
 
     Weights come from torch's global generator. Errors are those of `check_encoder`.
     """
-    check_encoder(name, image_size)
+    feature_dim = feature_dim_of(name, image_size)
     if name.startswith(torchvision_models.PREFIX):
         model = name.removeprefix(torchvision_models.PREFIX)
         encoder = torchvision_models.build_model(model, image_size)
-        feature_dim = torchvision_models.feature_dim(model, image_size)
     else:
-        encoder, feature_dim = ENCODERS[name].build(image_size), ENCODERS[name].feature_dim
+        encoder = ENCODERS[name].build(image_size)
     # Convolutions are faster in this layout on both CPUs (oneDNN) and GPUs (tensor cores).
     return encoder.to(memory_format=torch.channels_last), feature_dim
 

@@ -11,7 +11,7 @@ Left out: schedules that react to metrics. LARS is in `lars.py`; gradients are c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +23,16 @@ from trainer.lars import LARS
 Groups = list[dict[str, Any]]
 
 
-def _decay_groups(module: nn.Module, weight_decay: float) -> Groups:
+def _decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> Groups:
     # Biases and norm parameters are vectors; decaying them only shrinks the features
     # (He et al., "Bag of Tricks", arXiv:1812.01187, section 3.1). So are a vision transformer's
     # class token and, one a patch, its position embedding. `adapted` is for LARS, which leaves
     # vectors alone for the same reason.
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            is_vector = parameter.ndim <= 1 or name.endswith(("class_token", "pos_embedding"))
-            (vectors if is_vector else matrices).append(parameter)
+    for name, parameter in parameters:
+        is_vector = parameter.ndim <= 1 or name.endswith(("class_token", "pos_embedding"))
+        (vectors if is_vector else matrices).append(parameter)
     return [
         {"params": matrices, "weight_decay": weight_decay, "adapted": True},
         {"params": vectors, "weight_decay": 0.0, "adapted": False},
@@ -58,12 +57,29 @@ def _lars(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     return LARS(groups, lr=config.learning_rate, momentum=config.momentum, trust=config.lars_trust)
 
 
-def build_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """Build the configured optimiser over a module's parameters; ValueError if unknown."""
+def build_optimizer(
+    config: TrainConfig,
+    module: nn.Module,
+    lr_factors: Mapping[nn.Parameter, float] | None = None,
+) -> torch.optim.Optimizer:
+    """Build the configured optimiser over a module's parameters; ValueError if unknown.
+
+    What is frozen is left out. `lr_factors`, 1 where there is none, are kept as `lr_factor` of
+    each group for whoever sets the rates.
+    """
     if config.optimizer not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         raise ValueError(f"optimizer must be one of {known}; got {config.optimizer!r}")
-    groups = _decay_groups(module, config.weight_decay)
+    by_factor: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            factor = (lr_factors or {}).get(parameter, 1.0)
+            by_factor.setdefault(factor, []).append((name, parameter))
+    groups = [
+        {**group, "lr_factor": factor}
+        for factor, parameters in by_factor.items()
+        for group in _decay_groups(parameters, config.weight_decay)
+    ]
     return OPTIMIZERS[config.optimizer].build(groups, config)
 
 

@@ -73,12 +73,13 @@ def trained_encoder(
     with torch.random.fork_rng(devices=[]):
         encoder, feature_dim = build_encoder(config.encoder, config.image_size)
     try:
-        if config.ema_decay is not None:
-            weights = state["average"]["module"]
-        else:
+        averaged = config.ema_decay is not None and config.task != "linear"
+        weights = state["average"]["module"] if averaged else state["network"]
+        if not averaged or config.task == "finetune":  # then the head's are averaged, too
             prefix = "encoder."
-            network = state["network"].items()
-            weights = {k.removeprefix(prefix): v for k, v in network if k.startswith(prefix)}
+            weights = {
+                k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)
+            }
         encoder.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         why = str(error).strip().split("\n")[0]

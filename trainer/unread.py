@@ -27,9 +27,58 @@ SCALED: tuple[Augmentation, ...] = ("jitter", "grayscale", "blur", "solarize")
 """What `strength` scales."""
 
 
+PRETRAINING = (
+    *("loss", "projector_hidden", "projector_out", "projector_layers", "projector_norm"),
+    *("linear_probe",),
+)
+"""What pre-training alone reads, beside the fields of its losses."""
+TUNING = ("head", "head_lr", "tuned_stages", "stage_decay", "label_smoothing")
+"""What fine-tuning alone reads."""
+ADAPTATION = ("labels_fraction", "labels_seed", "class_weights")
+TRAINING = (
+    *("epochs", "batch_size", "micro_batch_size", "optimizer", "lr", "lr_scaling", "weight_decay"),
+    *("clip_norm", "schedule", "warmup", "ema_decay", "report_every"),
+)
+"""What training by gradients reads, beside the fields of optimisers and schedules."""
+
+
 def unread_fields(config: TrainConfig) -> dict[str, str]:
     """The fields that do not count in this configuration, each with the reason."""
-    return _unread_of_losses(config) | _unread_of_choices(config) | _unread_of_views(config)
+    unread = _unread_of_task(config)
+    if config.task == "pretrain":
+        unread |= _unread_of_losses(config)
+    if config.task != "linear":
+        unread |= _unread_of_choices(config) | _unread_of_views(config)
+    return unread
+
+
+def _unread_of_task(config: TrainConfig) -> dict[str, str]:
+    of_losses = {field for loss in LOSSES.values() for field in loss.own_fields}
+    by_gradients = [
+        *TRAINING,
+        *(field for each in OPTIMIZERS.values() for field in each.fields),
+        *(field for each in SCHEDULES.values() for field in each.fields),
+        *("augment", "strength", "jitter", "crop_min_scale"),
+        *(f"{name}_p" for name in get_args(Augmentation)),
+        *(field for fields in MAGNITUDES.values() for field in fields),
+    ]
+    readers: dict[str, tuple[str, ...]] = {
+        **dict.fromkeys((*PRETRAINING, *sorted(of_losses)), ("pretrain",)),
+        **dict.fromkeys(TUNING, ("finetune",)),
+        **dict.fromkeys(ADAPTATION, ("linear", "finetune")),
+        **dict.fromkeys(by_gradients, ("pretrain", "finetune")),
+        "probe_l2": ("linear",),
+    }
+    unread = {
+        field: f"task={config.task} does not read it (task={' or '.join(tasks)} would)"
+        for field, tasks in readers.items()
+        if config.task not in tasks
+    }
+    if config.task != "pretrain" and config.labels_fraction == 1:
+        unread["labels_seed"] = "labels_fraction is 1, so that all labels are used"
+    if config.task == "finetune" and config.tuned_stages in (0, 1):
+        unread["stage_decay"] = f"tuned_stages is {config.tuned_stages}"
+    return unread
 
 
 def _unread_of_losses(config: TrainConfig) -> dict[str, str]:

@@ -84,4 +84,5 @@ def _import_module(name: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{what} module {name!r} fails to import: {raised(error, None)}") from error
+        why = raised(error, None)
+        raise ValueError(f"{what} module {name!r} fails to import: {why}") from error
