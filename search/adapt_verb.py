@@ -95,7 +95,7 @@ def adapt(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Adapt an encoder to labels: by kNN, a linear classifier, fine-tuning; tested, with intervals."""
+    """Adapt an encoder to labels: kNN, linear classifier, fine-tuning; tested, with intervals."""
     from search.adapt import adapt as run_rows
     from search.adapt import plan_adaptation
     from search.adapted import conclude

@@ -326,5 +326,6 @@ class _Log(io.TextIOBase):
 
 
 def _figures(metrics: dict[str, Any]) -> str:
-    shown = ("epoch", "train_loss", "knn_top1", "linear_top1", "alignment", "uniformity", "rankme")
+    shown = ("epoch", "train_loss", "top1", "knn_top1", "linear_top1", "alignment", "uniformity")
+    shown += ("rankme",)
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
