@@ -2,14 +2,18 @@
 
 `sweep_store` is one SQLite store a session; `recorded` the sweep "planted" in it, 14 trials
 whose objective depends on `lr` alone; `record_sweep` writes further ones.
+
+What spares seconds beside them: `verbs` is the command line without a process of its own, and
+`one_ray` a Ray for all sweeps of a file.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,6 +239,55 @@ def recorded(sweep_store: str) -> Any:
     from analysis.load import load_sweep
 
     return load_sweep(sweep_store, "planted")
+
+
+class Verbs:
+    """The command line in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        """Exit code, output and messages."""
+        from search.cli import main
+
+        self._monkeypatch.setattr(sys, "argv", ["contrasweep", *map(str, arguments)])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = self._capsys.readouterr()
+        return int(ended.value.code or 0), told.out.strip(), told.err.strip()
+
+    def told(self, *arguments: object) -> str:
+        code, out, err = self(*arguments)
+        assert code == 0, err
+        return out
+
+    def json(self, *arguments: object) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self.told(*arguments, "--json"))
+        return answer
+
+    def refused(self, *arguments: object) -> str:
+        """The one line that says why."""
+        code, out, err = self(*arguments)
+        assert (code, out) == (2, ""), err
+        assert "\n" not in err
+        return err
+
+
+@pytest.fixture
+def verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Verbs:
+    return Verbs(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """A Ray of this machine, as a sweep starts it, for all sweeps of a file."""
+    from search.cluster import ray_cluster
+    from search.config import SweepConfig
+
+    with ray_cluster(SweepConfig()):
+        yield
 
 
 @pytest.fixture

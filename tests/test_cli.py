@@ -1,4 +1,8 @@
-"""The command line as a user meets it: what it prints, writes and refuses."""
+"""The command line as a user meets it: what it prints, writes and refuses.
+
+One sweep is run by a process, as a user does; the other verbs run in this one, and their sweeps on
+one Ray, for speed.
+"""
 
 import io
 import json
@@ -11,24 +15,24 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-TINY = ["--epochs", "1", "--trials", "2", "--train-limit", "200", "--set", "batch_size=64"]
+from tests.conftest import Verbs
+
+TINY = ["--epochs", "1", "--trials", "2", "--train-limit", "200", "--set", "batch_size=64",
+        "--max-concurrent", "1"]  # fmt: skip
 
 
-def contrasweep(
-    *arguments: str, cwd: Path, check: bool = True, **env: str
-) -> subprocess.CompletedProcess[str]:
+def contrasweep(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", "from search.cli import main; main()", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200", **env},
+        env={**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    if check:
-        assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -127,30 +131,46 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
 
 
 @pytest.mark.slow
-def test_more_than_any_node_has_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    done = contrasweep("sweep", "--cpus-per-trial", "999", cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert "--cpus-per-trial is 999" in done.stderr
+def test_a_cluster_that_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbs: Verbs
+) -> None:
+    """Not of `auto`, which would join the cluster of a test that runs beside this one."""
+    import ray
+
+    assert not ray.is_initialized()  # else the address is not asked
+    monkeypatch.chdir(tmp_path)
+    code, _, err = verbs("sweep", "--address", "127.0.0.1:9", *TINY)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("contrasweep: no Ray cluster answers")
+    assert written(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_more_than_any_node_has_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbs: Verbs, one_ray: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "--cpus-per-trial is 999" in verbs.refused("sweep", "--cpus-per-trial", "999")
     assert written(tmp_path) == []
 
 
 @pytest.mark.parametrize("verb", ["spaces", "datasets", "encoders", "losses", "fields"])
-def test_what_there_is_has_one_line_each(verb: str, tmp_path: Path) -> None:
-    known: dict[str, Any] = json.loads(contrasweep(verb, "--json", cwd=tmp_path).stdout)
+def test_what_there_is_has_one_line_each(verb: str, verbs: Verbs) -> None:
+    known = verbs.json(verb)
     assert known
     assert all(isinstance(text, str) and text for text in known.values())
-    assert set(known) <= set(contrasweep(verb, cwd=tmp_path).stdout.split())
+    assert set(known) <= set(verbs.told(verb).split())
 
 
-def test_a_space_is_shown_whole(tmp_path: Path) -> None:
+def test_a_space_is_shown_whole(tmp_path: Path, verbs: Verbs) -> None:
     (tmp_path / "mine.py").write_text(
         'def space(trial):\n    return {"lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True)}\n'
     )
-    shown = json.loads(contrasweep("spaces", "mine.py:space", "--json", cwd=tmp_path).stdout)
+    shown = verbs.json("spaces", f"{tmp_path / 'mine.py'}:space")
     lr = {"name": "lr", "values": "0.0001 to 0.01, log", "condition": ""}
     assert shown["parameters"] == [lr]
     assert len(shown["samples"]) == 10
-    lines = contrasweep("spaces", "losses", cwd=tmp_path).stdout
+    lines = verbs.told("spaces", "losses")
     assert "loss: barlow_twins, vicreg" in lines
     assert "10 loss=" in lines
 
@@ -186,45 +206,42 @@ def test_help_is_quick_and_shows_defaults(tmp_path: Path) -> None:
     assert "quick" in done.stdout
 
 
-def test_train_writes_its_run_and_tells_it(tmp_path: Path) -> None:
+def test_train_writes_its_run_and_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbs: Verbs
+) -> None:
+    monkeypatch.chdir(tmp_path)
     arguments = ["train", "--epochs", "1", "--train-limit", "200", "--set", "batch_size=64",
                  "--set", "lr=2e-3", "--seed", "3", "--test", "--out", "run", "--json"]  # fmt: skip
-    told = json.loads(contrasweep(*arguments, cwd=tmp_path).stdout)
+    told = json.loads(verbs.told(*arguments))
     assert told["samples_seen"] == 256
     assert 0 < told["metrics"]["test_knn_top1"] <= 1
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 2e-3
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert len(rows) == 2
     assert (tmp_path / "run" / "checkpoint.pt").is_file()
-    again = contrasweep(*arguments, cwd=tmp_path, check=False)
-    assert again.returncode == 2
-    assert "not empty" in again.stderr
+    assert "not empty" in verbs.refused(*arguments)
 
 
 @pytest.mark.slow
-def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    """Not of `auto`, which would join the cluster of a test that runs beside this one."""
-    done = contrasweep("sweep", "--address", "127.0.0.1:9", *TINY, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("contrasweep: no Ray cluster answers")
-    assert written(tmp_path) == []
-
-
-@pytest.mark.slow
-def test_a_sweep_without_any_result_does_not_exit_with_success(tmp_path: Path) -> None:
+def test_a_sweep_without_any_result_does_not_exit_with_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbs: Verbs, one_ray: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "small.py").write_text(
         "def small(z0, z1, config):\n"
         "    if len(z0) > 8: raise KeyError('too many for me')\n"
         "    return (z0 - z1).square().mean()\n"
     )
-    loss = ["--set", "loss=small.py:small"]
-    done = contrasweep("sweep", *loss, *TINY, cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert "no trial came to a result" in done.stderr
+    code, _, err = verbs("sweep", "--set", "loss=small.py:small", *TINY)
+    assert code == 1
+    assert "no trial came to a result" in err
 
 
 @pytest.mark.slow
-def test_a_sweep_from_start_to_report(tmp_path: Path) -> None:
+def test_a_sweep_from_start_to_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbs: Verbs, one_ray: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
     done = contrasweep("sweep", *TINY, "--name", "s", "--json", cwd=tmp_path)
     told = json.loads(done.stdout)
     assert told["state"] == "finished"
@@ -234,60 +251,49 @@ def test_a_sweep_from_start_to_report(tmp_path: Path) -> None:
     assert told["samples_seen"] == 2 * 256
     assert "Traceback" not in done.stderr
 
-    again = contrasweep("sweep", *TINY, "--name", "s", cwd=tmp_path, check=False)
-    assert again.returncode == 2
-    assert "resume" in again.stderr
+    assert "resume" in verbs.refused("sweep", *TINY, "--name", "s")
 
-    status = json.loads(contrasweep("status", "runs/s", "--json", cwd=tmp_path).stdout)
+    status = verbs.json("status", "runs/s")
     assert status["state"] == "finished"
     assert status["unfinished"] == []
     assert status["best"]["trial"] == told["best"]["trial"]
 
     lines = (tmp_path / "runs" / "s" / "events.jsonl").read_text()
-    again = contrasweep("resume", "runs/s", "--json", cwd=tmp_path)  # nothing is left to do
-    assert json.loads(again.stdout)["best"] == told["best"]
+    again = verbs.json("resume", "runs/s")  # nothing is left to do
+    assert again["best"] == told["best"]
     assert (tmp_path / "runs" / "s" / "events.jsonl").read_text() == lines
 
-    extended = contrasweep("resume", "runs/s", "--trials", "1", "--json", cwd=tmp_path)
-    assert sum(json.loads(extended.stdout)["trials"].values()) == 3
+    assert sum(verbs.json("resume", "runs/s", "--trials", "1")["trials"].values()) == 3
 
-    shown = contrasweep("report", "runs/s", cwd=tmp_path).stdout
+    shown = verbs.told("report", "runs/s")
     assert "* the default configuration" in shown
     assert f"{told['best']['value']:.4g}" in shown
 
     yaml = tmp_path / "runs" / "s" / "sweep.yaml"
     was = yaml.read_text()
     yaml.write_text(was.replace("seed: 0", "seed: 1"))
-    refused = contrasweep("resume", "runs/s", "--trials", "1", cwd=tmp_path, check=False)
-    assert refused.returncode == 2
-    assert "seed in sweep.yaml is 1" in refused.stderr
+    refused = verbs.refused("resume", "runs/s", "--trials", "1")
+    assert "seed in sweep.yaml is 1" in refused
     yaml.write_text(was)
 
     (tmp_path / "runs" / "s").rename(tmp_path / "runs" / "moved")
-    moved = contrasweep("report", "runs/moved", cwd=tmp_path).stdout
-    assert f"{told['best']['value']:.4g}" in moved
+    assert f"{told['best']['value']:.4g}" in verbs.told("report", "runs/moved")
     (tmp_path / "runs" / "moved").rename(tmp_path / "runs" / "s")
 
-    dead = contrasweep(
-        "report", "runs/s", cwd=tmp_path, check=False, MLFLOW_TRACKING_URI="http://127.0.0.1:9"
-    )
-    assert dead.returncode == 0  # recorded in the embedded store, whatever the variable says now
+    with monkeypatch.context() as dead:
+        dead.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        verbs.told("report", "runs/s")  # recorded in the embedded store, whatever the variable says
 
-    best = str(told["best"]["trial"])
-    repeated = contrasweep(
-        "train", "--from", "runs/s", "--trial", best, "--out", "again", "--json", cwd=tmp_path
-    )
-    metrics = json.loads(repeated.stdout)
+    best = told["best"]["trial"]
+    repeated = verbs.json("train", "--from", "runs/s", "--trial", best, "--out", "again")
     for figure in ("knn_top1", "train_loss", "rankme", "alignment", "uniformity"):
-        assert metrics["metrics"][figure] == metrics["recorded"][figure]
+        assert repeated["metrics"][figure] == repeated["recorded"][figure]
 
-    from_yaml = contrasweep(
-        "sweep", "--config", "runs/s/sweep.yaml", "--name", "t", "--json", cwd=tmp_path
-    )
-    assert json.loads(from_yaml.stdout)["best"]["value"] == told["best"]["value"]
+    from_yaml = verbs.json("sweep", "--config", "runs/s/sweep.yaml", "--name", "t")
+    assert from_yaml["best"]["value"] == told["best"]["value"]
 
     own_page = (tmp_path / "runs" / "s" / "report" / "index.html").read_bytes()
-    both = json.loads(contrasweep("report", "runs/s", "runs/t", "--json", cwd=tmp_path).stdout)
+    both = verbs.json("report", "runs/s", "runs/t")
     assert list(both["leaderboards"]) == ["s", "t"]
     assert Path(both["report"]).parent.name == "with-t"
     assert (tmp_path / "runs" / "s" / "report" / "index.html").read_bytes() == own_page
@@ -300,8 +306,9 @@ def test_a_sweep_from_start_to_report(tmp_path: Path) -> None:
      ["train", "--set", "encoder=nope"], ["train", "--dataset", "cifar10"],
      ["train", "--epochs", "0.1", "--out", "/proc/x"], ["sweep", "--out", "/proc/x"]],
 )  # fmt: skip
-def test_other_verbs_name_what_is_wrong(arguments: list[str], tmp_path: Path) -> None:
-    done = contrasweep(*arguments, cwd=tmp_path, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.strip().count("\n") == 0
+def test_other_verbs_name_what_is_wrong(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbs: Verbs
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    verbs.refused(*arguments)
     assert written(tmp_path) == []

@@ -18,6 +18,7 @@ from search.journal import FILE_NAME, Journal, load_state
 from search.locks import locked
 from search.state import SCHEMA, SweepState
 from search.user_files import sha256
+from tests.conftest import Verbs
 
 ROOT = Path(__file__).parent.parent
 SPACE = """
@@ -28,40 +29,6 @@ def space(trial):
     return {"lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True),
             "batch_size": trial.suggest_categorical("batch_size", [64, 128])}
 """
-
-
-class Verbs:
-    """The command line in this process, for speed."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        """Exit code, output and messages."""
-        from search.cli import main
-
-        self._monkeypatch.setattr(sys, "argv", ["contrasweep", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = self._capsys.readouterr()
-        return int(ended.value.code or 0), told.out.strip(), told.err.strip()
-
-    def json(self, *arguments: object) -> dict[str, Any]:
-        code, out, err = self(*arguments, "--json")
-        assert code == 0, err
-        answer: dict[str, Any] = json.loads(out)
-        return answer
-
-    def refused(self, *arguments: object) -> str:
-        code, out, err = self(*arguments)
-        assert (code, out) == (2, ""), err
-        assert "\n" not in err
-        return err
-
-
-@pytest.fixture
-def verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Verbs:
-    return Verbs(capsys, monkeypatch)
 
 
 def sweep_in(folder: Path, **changes: Any) -> Path:
