@@ -67,6 +67,8 @@ def _headline(summary: dict[str, Any]) -> Iterator[str]:
             "One seed alone tells nothing of what another training would give: there are no "
             "intervals and no test. Two seeds are the least, five are better."
         )
+    elif row[f"val_{objective}"]["n"] == 2:
+        yield "Two seeds give very wide intervals; with five they are a fraction of that."
 
 
 def against_baseline(summary: dict[str, Any]) -> Iterator[str]:
@@ -138,13 +140,14 @@ def _optimism(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{told} is {size} {side} that of the one fresh seed, {mean:.4f}."
         return
     scale = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
-    over = f"over the seeds {mean:.4f}, 95 % interval of the difference {scale} points"
+    over = f"their mean is {mean:.4f}, 95 % interval of the difference {scale} points"
     if found["low"] > 0:
-        yield f"{told} was optimistic by {size} ({over})."
+        yield f"{told} was {size} above the fresh seeds, so optimistic ({over})."
     elif found["high"] < 0:
-        yield f"{told} was too low by {size} ({over})."
+        yield f"{told} was {size} below the fresh seeds ({over})."
     else:
-        yield f"{told} is not contradicted: {size} off ({over})."
+        side = "above" if found["value"] >= 0 else "below"
+        yield f"{told} is not contradicted by the fresh seeds: it is {size} {side} them ({over})."
 
 
 def _used_before(summary: dict[str, Any]) -> Iterator[str]:
@@ -217,8 +220,8 @@ def _needed(gap: dict[str, Any]) -> str:
         return ""
     if gap["seeds_needed"] is None:
         return (
-            f" The {format_count(gap['images'])} test images are too few for a difference as small "
-            "as this, or more than 50 seeds were needed."
+            f" With {format_count(gap['images'])} test images, not even 50 seeds would tell so "
+            "small a difference."
         )
     return f" About {gap['seeds_needed']} seeds of each would tell, if the difference is real."
 

@@ -109,9 +109,11 @@ def test_optimism_has_the_seeds_interval_and_needs_equal_lengths() -> None:
     assert list(found) == ["trial 5"]
     assert found["trial 5"]["value"] == pytest.approx(0.75 - 0.62)
     assert found["trial 5"]["high"] == pytest.approx(0.13 + 4.3027 * 0.02 / 3**0.5, abs=1e-4)
-    assert "0.7500 on val, was optimistic by 13.0 points" in told(content)
+    assert "0.7500 on val, was 13.0 points above the fresh seeds, so optimistic" in told(content)
     content["candidates"][0]["searched_value"] = 0.63
-    assert "0.6300 on val, is not contradicted: 1.0 points off" in told(content)
+    assert "is not contradicted by the fresh seeds: it is 1.0 points above them (their" in told(
+        content
+    )
     longer = {"searched_images": 4_000, "total_images": 8_000}
     assert summarise_confirmation(confirmation(content, **longer))["optimism"] == {}
     assert "of another length than the search's" in told(content, **longer)
