@@ -155,9 +155,9 @@ def forest_figure(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> go
 
 
 def _caption(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    done = ", ".join(f"{_short(row['name'])} {row['completed']}" for row in rows[:MOST_DRAWN])
+    done = ", ".join(f"{row['completed']} of {row['label']}" for row in rows[:MOST_DRAWN])
     caption = (
-        f"Means over fresh seeds; n = {done} seeds, {summary['test_images']:,} images of test and "
+        f"Means over fresh seeds, n = {done}; {summary['test_images']:,} images of test and "
         f"{summary['val_images']:,} of val. Lines: 95 % intervals over the choice of seeds and of "
         "images. Hollow: what the search had found with one seed, on the same images of val."
     )
