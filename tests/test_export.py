@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import stat
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from trainer.augment import normalise
 from trainer.config import TrainConfig
-from trainer.export import BATCH, ExportedEncoder, load_encoder, save_encoder
+from trainer.export import BATCH, ExportedEncoder, fingerprint, load_encoder, save_encoder
+from trainer.folder import decode_listing, list_images
 from trainer.models import build_encoder, load_encoder_weights
 
 CONFIG = TrainConfig(lr=0.0123456789, epochs=3, loss="barlow_twins", encoder="conv_small")
@@ -145,11 +149,7 @@ def test_loading_leaves_the_generator_alone(whole: Path) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_an_export_is_frozen_and_readable_by_others(whole: Path) -> None:
-    encoder = load_encoder(whole)
-    assert isinstance(encoder, ExportedEncoder)
-    with pytest.raises(FrozenInstanceError):
-        encoder.feature_dim = 3  # type: ignore[misc]
+def test_an_export_is_readable_by_others(whole: Path) -> None:
     beside = whole.with_name("ordinary")
     beside.touch()
     assert stat.S_IMODE(whole.stat().st_mode) == stat.S_IMODE(beside.stat().st_mode)
@@ -166,6 +166,137 @@ def test_a_new_process_needs_nothing_else(whole: Path) -> None:
     )
     here = load_encoder(whole).features(torch.full((2, 3, 32, 32), 7, dtype=torch.uint8)).sum()
     assert float(done.stdout) == pytest.approx(float(here), rel=1e-4)
+
+
+# ---------------------------------------------------------------------- as a module
+
+
+def test_it_is_a_module_of_the_network_within(whole: Path) -> None:
+    from trainer import load_encoder as public
+
+    encoder = public(whole.parent)  # a folder that holds the file
+    assert isinstance(encoder, ExportedEncoder)
+    assert isinstance(encoder, nn.Module)
+    assert not encoder.training
+    images = some_images(4)
+    batch = torch.stack([encoder.transform(image) for image in images])
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(batch), encoder.features(images), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"takes normalised float images, got torch\.uint8; use"):
+        encoder(images)
+    again, width = build_encoder("conv_small", 32)
+    assert width == encoder.feature_dim
+    again.load_state_dict({k.partition(".")[2]: v for k, v in encoder.state_dict().items()})
+    before = encoder.encoder.state_dict()["0.0.weight"].clone()
+    encoder.train()
+    encoder(batch).square().mean().backward()
+    torch.optim.SGD(encoder.parameters(), lr=1.0).step()
+    assert not torch.equal(before, encoder.encoder.state_dict()["0.0.weight"])
+
+
+def test_fingerprints_tell_encoders_apart(whole: Path, tmp_path: Path) -> None:
+    prints = {fingerprint(load_encoder(whole))}
+    exported(tmp_path / "again.safetensors")
+    assert {fingerprint(load_encoder(tmp_path / "again.safetensors"))} == prints
+    for changes in ({"mean": "[0.1, 0.2, 0.3]"}, {"classes": "[]"}):
+        prints.add(
+            fingerprint(load_encoder(rewritten(whole, tmp_path / "x.safetensors", **changes)))
+        )
+    changed = load_encoder(whole)
+    with torch.no_grad():
+        next(changed.parameters()).add_(1)
+    assert len(prints | {fingerprint(changed)}) == 4
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def pictures_of_many_kinds(folder: Path) -> list[Path]:
+    """Files such as folders have: sizes, modes, orientations, transparency."""
+    rng = np.random.default_rng(3)
+    folder.mkdir()
+    noise = rng.integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    colour = Image.fromarray(noise).resize((260, 181), Image.Resampling.BICUBIC)
+    colour.save(folder / "large.jpg", quality=90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour.save(folder / "turned.jpg", exif=exif)
+    colour.save(folder / "turned.png", exif=exif)
+    colour.convert("CMYK").save(folder / "print.jpg")
+    colour.convert("L").save(folder / "grey.png")
+    alpha = colour.convert("RGBA")
+    alpha.putalpha(colour.convert("L"))
+    alpha.save(folder / "clear.png")
+    colour.convert("P").save(folder / "palette.png", transparency=7)
+    deep = np.asarray(colour.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "deep.png")
+    colour.resize((32, 32)).save(folder / "exact.png")
+    colour.resize((1, 50)).save(folder / "thin.png")
+    colour.resize((20, 11)).save(folder / "small.gif")
+    return sorted(folder.iterdir())
+
+
+def test_transform_resizes_as_training_on_a_folder_does(whole: Path, tmp_path: Path) -> None:
+    paths = pictures_of_many_kinds(tmp_path / "pictures")
+    listing = list_images(tmp_path / "pictures", classes="ignored")
+    trained_on, corrupt = decode_listing(listing, image_size=32, cache_dir=tmp_path / "cache")
+    assert [name.decode() for name in listing.names] == [path.name for path in paths]
+    assert not corrupt
+    encoder = load_encoder(whole)
+    expected = encoder.features(trained_on)
+    for how in ("path", "opened", "opened again"):
+        images = []
+        for path in paths:
+            if how == "path":
+                images.append(encoder.transform(path))
+                continue
+            with Image.open(path) as opened:
+                before = (opened.size, opened.mode)
+                images.append(encoder.transform(opened))
+                assert (opened.size, opened.mode) == before
+                if how == "opened again":  # the user's image is as it was
+                    images[-1] = encoder.transform(opened)
+        batch = torch.stack(images)
+        assert torch.equal(batch, normalise(torch.from_numpy(np.array(trained_on)), MEAN, STD))
+        with torch.inference_mode():
+            torch.testing.assert_close(encoder(batch), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_transform_of_pixels_is_that_of_their_picture(whole: Path, tmp_path: Path) -> None:
+    transform = load_encoder(whole).transform
+    with Image.open(pictures_of_many_kinds(tmp_path / "pictures")[1]) as opened:
+        array = np.asarray(opened.convert("RGB")).transpose(2, 0, 1)
+    image = Image.fromarray(array.transpose(1, 2, 0))
+    expected = transform(image)
+    assert expected.shape == (3, 32, 32)
+    assert expected.dtype == torch.float32
+    for pixels in (array, torch.from_numpy(array.copy()), array[::1]):
+        assert torch.equal(transform(pixels), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(image), expected)
+    square = some_images(1)[0]
+    assert torch.equal(transform(square), normalise(square[None], MEAN, STD)[0])
+    assert transform.pixels(square).dtype == np.uint8
+
+
+def test_wrong_pictures_are_refused_in_one_line(whole: Path, tmp_path: Path) -> None:
+    transform = load_encoder(whole).transform
+    (tmp_path / "text.jpg").write_text("no image")
+    whole_jpeg = pictures_of_many_kinds(tmp_path / "pictures")[4].read_bytes()
+    cut = Image.open(io.BytesIO(whole_jpeg[: len(whole_jpeg) // 2]))
+    wrong: list[tuple[Any, str]] = [
+        (torch.zeros(3, 8, 8), r"uint8 pixels \[3, H, W\], got float32 \[3, 8, 8\]; convert it"),
+        (np.zeros((8, 8, 3), np.uint8), r"got uint8 \[8, 8, 3\]"),
+        (np.zeros((3, 0, 8), np.uint8), "needs pixels, got 8 x 0|tile cannot extend"),
+        (None, "got NoneType"),
+        (tmp_path / "text.jpg", "is corrupt: it is no image"),
+        (tmp_path / "gone.jpg", "cannot read .*gone"),
+        (cut, "the picture is corrupt: image file is truncated"),
+        (Image.new("F", (4, 4)), "floating-point pixels have no known range"),
+    ]
+    for picture, message in wrong:
+        with pytest.raises(ValueError, match=message) as caught:
+            transform(picture)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.gpu
@@ -249,10 +380,43 @@ def test_foreign_files_are_refused_in_one_line(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(3)}, torchs)
     for path, message in (
         (bare, "bare.safetensors is not one of a trainer"),
-        (torchs, "torch.pt cannot be read"),
-        (tmp_path, "does not exist or is no file"),
+        (torchs, "torch.pt cannot be read: it is a pickle or an archive"),
+        (tmp_path, "encoder.safetensors does not exist or is no file"),
         (tmp_path / "gone.safetensors", "gone.safetensors does not exist"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             load_encoder(path)
         assert "\n" not in str(caught.value)
+
+
+class Hostile:
+    """What a pickle can do to whoever loads it."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(self.victim), "w"))
+
+
+@pytest.mark.parametrize("name", ["encoder.pt", "encoder.pkl", "encoder.safetensors"])
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_hostile_pickle_is_not_executed(tmp_path: Path, name: str, archive: bool) -> None:
+    victim, path = tmp_path / "made-by-the-pickle", tmp_path / name
+    if archive:
+        torch.save(Hostile(victim), path)
+    else:
+        path.write_bytes(pickle.dumps(Hostile(victim)))
+    with pytest.raises(ValueError, match="may hold code, and was not opened") as caught:
+        load_encoder(path)
+    assert "\n" not in str(caught.value)
+    assert not victim.exists()
+    pickle.loads(pickle.dumps(Hostile(victim)))  # it would have worked
+    assert victim.exists()
+
+
+def test_other_suffixes_are_refused_in_one_line(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.onnx"
+    path.write_bytes(whole.read_bytes())
+    with pytest.raises(ValueError, match=r"onnx must be a \.safetensors file; give an encoder"):
+        load_encoder(path)

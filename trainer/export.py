@@ -5,17 +5,18 @@ features, the mean and standard deviation that images are normalised with, the n
 classes and the whole `TrainConfig`. Other programs read it with the safetensors library; it can
 run no code. What training alone needs, such as the projection head, is in checkpoints.
 
-    encoder = load_encoder(Path("encoder.safetensors"))
-    features_NF = encoder.features(images_N3SS)
+    encoder = load_encoder("encoder.safetensors")
+    batch_N3SS = torch.stack([encoder.transform(path) for path in paths])
+    features_NF = encoder(batch_N3SS)
 
 Shapes: N images, 3 channels, S side of the square images (pixels), F features.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,11 +32,14 @@ from trainer.atomic import replacing
 from trainer.augment import normalise
 from trainer.config import TrainConfig, parse_config
 from trainer.models import build_encoder, load_encoder_weights
+from trainer.transform import ImageTransform
 
 FORMAT = "1"
 """Raised when a new version can no longer read the old files."""
 FORMAT_KEY = "contrasweep"
 """Entry of the metadata that holds `FORMAT`; files without it are from elsewhere."""
+FILE = "encoder.safetensors"
+"""Its usual name."""
 BATCH = 512
 """Images encoded at a time."""
 
@@ -56,20 +60,42 @@ class _Metadata(BaseModel):
     config: Json[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class ExportedEncoder:
-    """An encoder to use: `encoder` is in evaluation mode and takes normalised float images.
+class ExportedEncoder(nn.Module):
+    """An encoder to use: normalised float images [N, 3, S, S] -> features [N, F].
 
-    `mean` and `std` are of the three channels in [0, 1]; `classes` may be empty; `feature_dim` is
-    F.
+    `transform` makes such an image of a file, a PIL image or pixels; `features` takes pixels as
+    they are. `mean` and `std` are of the three channels in [0, 1]; `classes` are the names of
+    those that it was measured on, perhaps none; `feature_dim` is F; `encoder` the network within.
+    It is given in evaluation mode, to be used; `train()` and an optimiser train it further.
     """
 
-    encoder: nn.Module
-    config: TrainConfig
-    feature_dim: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    classes: tuple[str, ...]
+    def __init__(
+        self,
+        encoder: nn.Module,
+        config: TrainConfig,
+        feature_dim: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        classes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = config
+        self.feature_dim = feature_dim
+        self.mean, self.std = mean, std
+        self.classes = classes
+        self.transform = ImageTransform(config.image_size, mean, std)
+        self.train(encoder.training)
+
+    def forward(self, images_N3SS: Tensor) -> Tensor:
+        """Encode images of `transform`, stacked: [N, F]."""
+        if not images_N3SS.is_floating_point():
+            raise ValueError(
+                f"the encoder takes normalised float images, got {images_N3SS.dtype}; "
+                "use transform for each image, or features for uint8 ones"
+            )
+        features: Tensor = self.encoder(images_N3SS)
+        return features
 
     @torch.inference_mode()
     def features(self, images_N3SS: NDArray[np.uint8] | Tensor) -> Tensor:
@@ -129,14 +155,43 @@ def save_encoder(
         file.write(content)
 
 
-def load_encoder(path: Path | str, device: torch.device | str = "cpu") -> ExportedEncoder:
-    """Read a file of `save_encoder`; a ValueError of one line says why it cannot be read.
+def fingerprint(encoder: ExportedEncoder) -> str:
+    """32 hex digits that tell encoders apart: of weights, configuration and normalisation."""
+    about = [encoder.config.model_dump_json(), encoder.mean, encoder.std, encoder.classes]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for key, value in sorted(encoder.encoder.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
 
-    torch's generators are left as they are.
+
+def encoder_file(path: Path | str) -> Path:
+    """The file that a path names: itself, or `encoder.safetensors` in a folder.
+
+    ValueError where there is none, or where it is plainly one of another format.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"encoder {path} does not exist or is no file; check the path")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        raise ValueError(
+            f"encoder {path} cannot be read: it is a pickle or an archive, which may hold code, "
+            f"and was not opened; give an {FILE}"
+        )
+    if path.suffix != ".safetensors":
+        raise ValueError(f"encoder {path} must be a .safetensors file; give an {FILE}")
+    return path
+
+
+def load_encoder(path: Path | str, device: torch.device | str = "cpu") -> ExportedEncoder:
+    """Read a file of `save_encoder`, or the one in a folder; it can run no code.
+
+    A ValueError of one line says why it cannot be read. torch's generators are left as they are.
+    """
+    path = encoder_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
