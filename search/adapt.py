@@ -210,7 +210,8 @@ def adapt(
     if not len(data.test) or (data.test.labels < 0).any():
         raise ValueError(f"data set {data.name!r} has no labelled test images; use another one")
     for row in {row.task: row for row in rows}.values():
-        Adapter(plan.config(row, len(data.train)), data)  # what cannot be had is said at once
+        config = plan.config(row, len(data.train)).model_copy(update={"head_init": "random"})
+        Adapter(config, data)  # what cannot be had is said at once
     described = describe_data(data)
     record = {"plan": plan.record(), "data_digest": described["digest"]}
     _check_folder(out, record)

@@ -119,9 +119,6 @@ def adapt(
         if name in OWN or name in fields:
             raise ValueError(f"{name} is not for --set here; the verb's own arguments decide it")
     fields = absolute_paths(fields | fixed)
-    if head is not None and ":" in head and head.rpartition(":")[0].endswith(".py"):
-        place, _, function = head.rpartition(":")
-        fields["head"] = f"{Path(place).expanduser().resolve()}:{function}"
     plan = plan_adaptation(
         model,
         fields,

@@ -51,7 +51,7 @@ _MOVERS = {
     "what is trained": ("task",),
     "the loss of an adaptation": (
         *("class_weights", "label_smoothing", "head", "head_lr", "tuned_stages", "stage_decay"),
-        *("probe_l2",),
+        *("head_init", "norm_statistics", "probe_l2"),
     ),
     "which labels are used": ("labels_fraction", "labels_seed"),
 }

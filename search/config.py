@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from search.confirmation import Confirmation
-from search.objectives import OBJECTIVES, SECOND_OBJECTIVES
+from search.objectives import OBJECTIVES, OF_ADAPTATION, SECOND_OBJECTIVES
 from search.storage import storage_at
 from trainer.atomic import replacing
 from trainer.config import TrainConfig, parse_config
@@ -102,7 +102,7 @@ class SweepConfig(BaseModel):
     audit: float = Field(
         0.0, ge=0, le=1, description="share of the trials to be stopped that run on all the same"
     )
-    objective: str = Field("knn_top1", description="what is maximised")
+    objective: str = Field("knn_top1", description="what is maximised; of the space adapt top1")
     also: list[str] = Field(
         default_factory=list, description="further objectives, for a Pareto set (nsga2)"
     )
@@ -146,6 +146,12 @@ class SweepConfig(BaseModel):
     confirmation: Confirmation | None = Field(
         None, description="what a sweep begun by `contrasweep confirm` confirms"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_of_the_space(cls, fields: Any) -> Any:
+        of_adapt = isinstance(fields, dict) and fields.get("space") == "adapt"
+        return {"objective": OF_ADAPTATION[0], **fields} if of_adapt else fields
 
     @field_validator("objective", mode="after")
     @classmethod
@@ -207,9 +213,8 @@ class SweepConfig(BaseModel):
                 f"several objectives need --sampler nsga2 --scheduler none, got --sampler "
                 f"{self.sampler}"
             )
-        known = {**OBJECTIVES, **SECOND_OBJECTIVES}
         for name in self.also:
-            _one_of("objective", name, known)
+            _one_of("objective", name, {**OBJECTIVES, **SECOND_OBJECTIVES})
         if len({self.objective, *self.also}) <= len(self.also):
             raise ValueError(f"an objective is given twice: {', '.join(self.objectives)}")
         if self.scheduler != "asha":
@@ -246,12 +251,12 @@ class SweepConfig(BaseModel):
     @property
     def modes(self) -> tuple[str, ...]:
         """Direction of each of the objectives."""
-        known = {**OBJECTIVES, **SECOND_OBJECTIVES}
-        return tuple(known[name][0] for name in self.objectives)
+        return tuple({**OBJECTIVES, **SECOND_OBJECTIVES}[name][0] for name in self.objectives)
 
     def base_fields(self) -> dict[str, Any]:
         """The `TrainConfig` fields that every trial of this sweep shares."""
         return {
+            **self._of_encoder(),
             "dataset": self.dataset,
             "labelled": self.labelled,
             "data_dir": self.data_dir,
@@ -266,6 +271,15 @@ class SweepConfig(BaseModel):
             "loader_workers": min(256, max(1, math.floor(self.cpus_per_trial))),
             **self.fixed,
         }
+
+    def _of_encoder(self) -> dict[str, Any]:
+        """What a sweep of adaptations takes from the encoder that it adapts."""
+        weights = self.fixed.get("encoder_weights")
+        if weights is None or (self.space != "adapt" and self.objective not in OF_ADAPTATION):
+            return {}
+        from trainer.pretrained import fields_of  # loads torch
+
+        return fields_of(weights) if Path(weights).is_file() else {}
 
     def resolved(self) -> SweepConfig:
         """With every relative path made absolute, so that it means the same in a worker."""
@@ -370,9 +384,10 @@ def absolute_paths(fields: dict[str, Any]) -> dict[str, Any]:
     for name in ("data_dir", "encoder_weights"):
         if fields.get(name) is not None:
             changes[name] = str(Path(fields[name]).expanduser().resolve())
-    path, colon, function = str(fields.get("loss", "")).rpartition(":")
-    if colon and path.endswith(".py"):
-        changes["loss"] = f"{Path(path).expanduser().resolve()}:{function}"
+    for name in ("loss", "head"):
+        path, colon, function = str(fields.get(name, "")).rpartition(":")
+        if colon and path.endswith(".py"):
+            changes[name] = f"{Path(path).expanduser().resolve()}:{function}"
     return {**fields, **changes}
 
 

@@ -263,7 +263,8 @@ class Draws(NamedTuple):
     defaults: dict[str, Any] | None
     configurations: list[TrainConfig]
     losses: list[str]
-    """Of the configurations, and further ones among the choices that they were drawn from."""
+    """Of the configurations, and further ones among the choices that they were drawn from; heads,
+    which may be in the user's files, too."""
     distributions: list[dict[str, optuna.distributions.BaseDistribution]]
     """Of each random draw."""
 
@@ -300,7 +301,7 @@ def _draw(config: SweepConfig, space: Space, base: TrainConfig) -> Draws:
     return Draws(
         defaults,
         drawn,
-        [each.loss for each in drawn] + choices,
+        [each.loss for each in drawn] + [each.head for each in drawn] + choices,
         [dict(trial.distributions) for trial in trials[:DRAWS]],
     )
 

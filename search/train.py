@@ -247,7 +247,7 @@ def _begin(run: Run, described: dict[str, Any], out: Path) -> Run:
     """Write the run's plan into its folder; gives the run as a later session will read it."""
     run = replace(
         run,
-        losses=loss_files([run.config.loss]),
+        losses=loss_files([run.config.loss, run.config.head]),
         data_digest=described["digest"],
         in_memory=held_in_memory(described),
         labelled_in_memory=labelled_in_memory(described),

@@ -85,8 +85,9 @@ def in_copies(ref: str, files: Iterable[LossFile], folder: Path) -> str:
 
 
 def with_copied_loss(config: TrainConfig, files: Iterable[LossFile], folder: Path) -> TrainConfig:
-    """The configuration with its loss taken from the folder's copy, if it is one of the files."""
-    return config.model_copy(update={"loss": in_copies(config.loss, files, folder)})
+    """The configuration with loss and head taken from the folder's copy, if of one of the files."""
+    copies = {name: in_copies(getattr(config, name), files, folder) for name in ("loss", "head")}
+    return config.model_copy(update=copies)
 
 
 def check_loss_files(files: Iterable[LossFile], folder: Path, *, originals: bool = True) -> None:

@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer.augment import normalise
 from trainer.config import TrainConfig
@@ -53,15 +54,23 @@ SplitName = Literal["val", "test"]
 class ClassifierNetwork(nn.Module):
     """Encoder and head: normalised images [B, 3, S, S] -> logits [B, C].
 
-    The first `frozen` of the encoder's stages have no gradients and stay in evaluation mode.
+    The first `frozen` of the encoder's stages have no gradients and stay in evaluation mode, with
+    `statistics_kept` all of its batch norms do, whose weights may be trained all the same.
     """
 
     def __init__(
-        self, encoder: nn.Module, head: nn.Module, *, frozen: Sequence[Stage] = ()
+        self,
+        encoder: nn.Module,
+        head: nn.Module,
+        *,
+        frozen: Sequence[Stage] = (),
+        statistics_kept: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
         self._frozen = [module for stage in frozen for module in stage.modules]
+        if statistics_kept:
+            self._frozen += [each for each in encoder.modules() if isinstance(each, _BatchNorm)]
         for stage in frozen:
             for parameter in stage.parameters():
                 parameter.requires_grad_(False)
@@ -109,6 +118,10 @@ class Adapter(Loop):
         self._begin(network.to(self.device), network, lr_factors)
         if config.task == "linear":
             self._average = None  # nothing moves that could be averaged
+        elif config.head_init == "probe":
+            self._fit()
+            if self._average is not None:
+                self._average.module.load_state_dict(network.state_dict())
 
     def _built(self) -> tuple[ClassifierNetwork, dict[nn.Parameter, float]]:
         """The network, and learning rates of its parameters as factors of the rate."""
@@ -123,7 +136,12 @@ class Adapter(Loop):
         chain = stages(encoder)
         tuned = len(chain) if config.tuned_stages is None else config.tuned_stages
         tuned = tuned if config.task == "finetune" else 0
-        network = ClassifierNetwork(encoder, head, frozen=chain[: len(chain) - tuned])
+        network = ClassifierNetwork(
+            encoder,
+            head,
+            frozen=chain[: len(chain) - tuned],
+            statistics_kept=config.norm_statistics == "kept",
+        )
         lr_factors = {
             parameter: config.stage_decay**before_last
             for before_last, stage in enumerate(reversed(chain))
@@ -200,7 +218,7 @@ class Adapter(Loop):
             l2=self.config.probe_l2,
             class_weights_C=self._class_weights_C,
         )
-        head = self.classifier.head
+        head = self._unaveraged.head
         assert isinstance(head, nn.Linear)
         head.weight.copy_(weight_CF)
         head.bias.copy_(bias_C)

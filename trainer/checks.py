@@ -39,6 +39,10 @@ def check_names(config: TrainConfig) -> None:
         check_exported(Path(config.encoder_weights), config.encoder, config.image_size)
     if config.task == "finetune":
         check_head(config.head, feature_dim_of(config.encoder, config.image_size))
+        if config.head_init == "probe" and config.head != "linear":
+            raise ValueError(
+                f"head_init=probe is for head=linear, got head={config.head}; leave one of them out"
+            )
         if config.micro_batch_size == 1:
             raise ValueError(
                 "micro_batch_size must be at least 2 for task=finetune, whose batch norms see one "

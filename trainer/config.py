@@ -149,6 +149,9 @@ class TrainConfig(BaseModel):
     head: str = Field(
         "linear", description="finetune: linear, mlp, file.py:function or module:function"
     )
+    head_init: Literal["random", "probe"] = Field(
+        "random", description="finetune: probe: a linear head begins as the classifier of linear"
+    )
     head_lr: float = Field(
         1.0, gt=0, le=1000, description="finetune: the head's learning rate, times the encoder's"
     )
@@ -158,10 +161,15 @@ class TrainConfig(BaseModel):
     stage_decay: float = Field(
         1.0, gt=0, le=1, description="finetune: learning rate of a stage, times the next one's"
     )
+    norm_statistics: Literal["batch", "kept"] = Field(
+        "batch", description="finetune: kept: the encoder's batch norms go by those they came with"
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="finetune: probability that is spread over all classes"
     )
-    probe_l2: float = Field(1e-3, gt=0, le=1e3, description="linear: weight of the penalty")
+    probe_l2: float = Field(
+        1e-3, gt=0, le=1e3, description="linear, and head_init=probe: weight of the penalty"
+    )
 
     # optimisation
     epochs: float = Field(

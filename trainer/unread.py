@@ -32,7 +32,10 @@ PRETRAINING = (
     *("linear_probe",),
 )
 """What pre-training alone reads, beside the fields of its losses."""
-TUNING = ("head", "head_lr", "tuned_stages", "stage_decay", "label_smoothing")
+TUNING = (
+    *("head", "head_init", "head_lr", "tuned_stages", "stage_decay", "norm_statistics"),
+    *("label_smoothing",),
+)
 """What fine-tuning alone reads."""
 ADAPTATION = ("labels_fraction", "labels_seed", "class_weights")
 TRAINING = (
@@ -69,6 +72,8 @@ def _unread_of_task(config: TrainConfig) -> dict[str, str]:
         **dict.fromkeys(by_gradients, ("pretrain", "finetune")),
         "probe_l2": ("linear",),
     }
+    if config.head_init == "probe":
+        readers["probe_l2"] = ("linear", "finetune")
     unread = {
         field: f"task={config.task} does not read it (task={' or '.join(tasks)} would)"
         for field, tasks in readers.items()
@@ -76,6 +81,8 @@ def _unread_of_task(config: TrainConfig) -> dict[str, str]:
     }
     if config.task != "pretrain" and config.labels_fraction == 1:
         unread["labels_seed"] = "labels_fraction is 1, so that all labels are used"
+    if config.task == "finetune" and config.tuned_stages == 0:
+        unread["norm_statistics"] = "tuned_stages is 0, so that all are kept"
     if config.task == "finetune" and config.tuned_stages in (0, 1):
         unread["stage_decay"] = f"tuned_stages is {config.tuned_stages}"
     return unread
