@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 NAMED_FILES = 100
 """Corrupt images that the journal names; all of them are counted."""
+NAMED_CLASSES = 1000
+"""Most classes whose names the journal holds: all of them or none."""
 VERSIONED = ("contrasweep", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy")
 
 
 def describe_data(data: DataSplits) -> dict[str, Any]:
-    """Sizes of the splits, and a digest of all labels and a sample of the images' pixels.
+    """Sizes of the splits, normalisation, and a digest of all labels and a sample of the pixels.
 
     The digest is the same whether images are held in memory or decoded as they are needed, and
     wherever they lie.
@@ -40,6 +42,9 @@ def describe_data(data: DataSplits) -> dict[str, Any]:
         "test": len(data.test.labels),
         "bank": len(data.bank.labels),
         "classes": len(data.classes),
+        "class_names": list(data.classes) if len(data.classes) <= NAMED_CLASSES else [],
+        "mean": list(data.mean),
+        "std": list(data.std),
         "in_memory": isinstance(data.train.images, np.ndarray),
         "labelled_in_memory": isinstance(data.val.images, np.ndarray),
         "skipped": len(data.skipped),
