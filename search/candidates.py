@@ -19,7 +19,7 @@ from search.confirmation import FOLDER, SPACE, Candidate, Confirmation
 from search.confirmed import confirmations
 from search.folders import is_running
 from search.journal import FILE_NAME, load_state
-from search.objectives import LABEL_FREE
+from search.objectives import LABEL_FREE, OF_ADAPTATION
 from search.plan import SPACE_COPY
 from search.provenance import held_in_memory
 from search.run import Sweep
@@ -65,6 +65,11 @@ def plan_confirmation(sweep: Sweep, wish: Wish, recorded: int = 0) -> Confirmati
     """
     if sweep.config.confirmation is not None:
         raise ValueError(f"{sweep.dir} is a confirmation itself; confirm its sweep")
+    if sweep.config.objective in OF_ADAPTATION:
+        raise ValueError(
+            f"{sweep.dir} searched for {sweep.config.objective}, and encoders are confirmed before "
+            "they are adapted; 'contrasweep adapt' measures one with its labels, on test"
+        )
     if is_running(sweep.dir):
         raise ValueError(
             f"the sweep {sweep.dir} runs, and its best trials may still change; wait for its end, "

@@ -137,16 +137,15 @@ def conclude_confirmation(confirmation: Sweep, result: SweepResult, as_json: boo
 
 def read_summary(confirmation: Sweep) -> dict[str, Any]:
     """What MLflow has of a confirmation, judged; ValueError where it has nothing yet."""
-    from analysis.confirmation import load_confirmations, summarise_confirmation
+    from analysis.confirmation import read_confirmations, summarise_confirmation
 
     assert confirmation.config.confirmation is not None
     own = confirmation.sweep_id()
-    for each in load_confirmations(
-        confirmation.tracking_uri, confirmation.config.confirmation.sweep_id
-    ):
+    read = read_confirmations(confirmation.tracking_uri, confirmation.config.confirmation.sweep_id)
+    for each in read.found:
         if each.sweep_id == own:
             return summarise_confirmation(each)
-    raise ValueError(f"MLflow has nothing of {confirmation.dir} that can be read")
+    raise ValueError(" ".join(["MLflow has nothing of it that can be read:", *read.notes]))
 
 
 def _report(confirmation: Sweep) -> Path:

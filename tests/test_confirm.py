@@ -1,5 +1,6 @@
 """Confirmations: who is confirmed, with which seeds, and that the test split is used once."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -147,6 +148,14 @@ def test_a_sweep_without_a_completed_trial_has_nothing_to_confirm(tmp_path: Path
     )
     with pytest.raises(ValueError, match="no completed trial with a value of knn_top1"):
         plan_confirmation(Sweep.open(failing), Wish())
+
+
+def test_a_sweep_of_adaptations_is_sent_elsewhere(swept: Sweep) -> None:
+    config = swept.config.model_copy(update={"objective": "top1"})
+    adapting = copy.copy(swept)
+    adapting.config = config
+    with pytest.raises(ValueError, match="'contrasweep adapt' measures one with its labels"):
+        plan_confirmation(adapting, Wish())
 
 
 # --- a second time
