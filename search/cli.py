@@ -30,6 +30,7 @@ from search.console import (
     print_json,
     print_status,
 )
+from search.embed_verb import embedding
 from search.exports import exports
 from search.listings import listings
 from search.mistakes import run_app
@@ -69,6 +70,7 @@ for verbs in (
     training,
     confirming,
     adapting,
+    embedding,
     reporting,
     comparisons,
     replays,
