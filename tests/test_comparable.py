@@ -9,7 +9,7 @@ import pytest
 
 from search import comparable
 from search.comparable import LEAVES_THE_LOSS, MOVES_THE_LOSS, check_comparable, varied
-from search.objectives import OBJECTIVES, SECOND_OBJECTIVES
+from search.objectives import OBJECTIVES, OF_ADAPTATION, SECOND_OBJECTIVES
 from trainer.config import Augmentation, TrainConfig
 from trainer.losses import LOSSES
 from trainer.optim import OPTIMIZERS, SCHEDULES
@@ -68,7 +68,7 @@ def test_what_moves_the_loss_is_refused_by_name(
     check_comparable(["knn_top1", "linear_top1"], drawn)
 
 
-@pytest.mark.parametrize("field", sorted(set(MOVES_THE_LOSS) - {"val_loss"}))
+@pytest.mark.parametrize("field", sorted(set(MOVES_THE_LOSS) - {"val_loss", "task"}))
 def test_a_field_that_may_not_vary_is_refused_whatever_it_is(
     field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +110,31 @@ def test_all_other_objectives_compare_whatever_varies() -> None:
     drawn = configs(
         {"loss": "vicreg", "batch_size": 64, "encoder": "resnet18"}, {"augment": "flip"}
     )
-    check_comparable(sorted({*OBJECTIVES, *SECOND_OBJECTIVES} - {"val_loss", "rankme"}), drawn)
+    others = {*OBJECTIVES, *SECOND_OBJECTIVES} - {"val_loss", "rankme", *OF_ADAPTATION}
+    check_comparable(sorted(others), drawn)
+
+
+def test_adaptations_compare_by_their_own_objectives_and_for_the_same_labels() -> None:
+    tuned = configs(
+        {"head": "mlp", "tuned_stages": 1, "class_weights": "balanced"},
+        {"task": "linear", "encoder": "resnet18"},
+        task="finetune",
+    )
+    check_comparable([*OF_ADAPTATION, "images_per_s"], tuned)
+    for objective in ("knn_top1", "linear_top1", "rankme", "val_loss"):
+        with pytest.raises(
+            ValueError, match=r"not measured with task=finetune; use --objective top1 or balanced"
+        ):
+            check_comparable([objective], tuned)
+    with pytest.raises(
+        ValueError, match="top1 is not measured with task=pretrain; use --objective"
+    ):
+        check_comparable(["top1"], configs({}))
+    with pytest.raises(ValueError, match="has both: finetune, linear, pretrain; fix one"):
+        check_comparable(["top1"], [*tuned, *configs({})])
+    few = configs({"labels_fraction": 0.1}, {"labels_fraction": 0.2}, task="finetune")
+    with pytest.raises(ValueError, match=r"labels_fraction \(which labels are used\); fix what"):
+        check_comparable(["top1"], few)
 
 
 def test_varied_fields_come_with_their_values() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from search.config import parse_sweep
 from search.plan import make_plan
+from trainer.adapt import Adapter
 from trainer.augment import TwoViews
 from trainer.config import TrainConfig
+from trainer.datasets import load_for
 from trainer.losses import LOSSES
 from trainer.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_at
 from trainer.unread import MAGNITUDES, check_read, unread_fields
@@ -47,6 +51,15 @@ from trainer.unread import MAGNITUDES, check_read, unread_fields
         ("crop_p", {"crop_min_scale": 1}, "the whole image"),
         ("uniform_t", {"loss": "align_uniform", "uniform_weight": 0}, "uniform_weight is 0"),
         ("projector_hidden", {"projector_layers": 1}, "there is no hidden one"),
+        ("class_weights", {}, r"task=pretrain does not read it \(task=linear or finetune would\)"),
+        ("head", {}, r"task=pretrain does not read it \(task=finetune would\)"),
+        ("temperature", {"task": "finetune"}, r"task=finetune does not read it \(task=pretrain"),
+        ("loss", {"task": "linear"}, r"task=linear does not read it \(task=pretrain would\)"),
+        ("lr", {"task": "linear"}, r"task=linear does not read it \(task=pretrain or finetune"),
+        ("probe_l2", {"task": "finetune"}, r"task=finetune does not read it \(task=linear would\)"),
+        ("momentum", {"task": "finetune"}, r"\(optimizer=sgd, lars would\)"),
+        ("labels_seed", {"task": "finetune"}, "labels_fraction is 1, so that all labels are used"),
+        ("stage_decay", {"task": "finetune", "tuned_stages": 1}, "tuned_stages is 1"),
     ],
 )
 def test_a_field_without_effect_is_refused(given: str, more: dict[str, Any], message: str) -> None:
@@ -65,6 +78,11 @@ def test_a_field_without_effect_is_refused(given: str, more: dict[str, Any], mes
         ("flip_p", {}),  # also where it is 0, which turns flips off
         ("strength", {"augment": "grayscale"}),
         ("encoder", {}),
+        ("lr", {"task": "finetune"}),
+        ("strength", {"task": "finetune"}),
+        ("labels_seed", {"task": "linear", "labels_fraction": 0.1}),
+        ("probe_l2", {"task": "linear"}),
+        ("probe_l2", {"task": "finetune", "head_init": "probe"}),
     ],
 )
 def test_a_field_that_counts_is_not(given: str, more: dict[str, Any]) -> None:
@@ -182,3 +200,47 @@ def test_a_sweep_may_fix_what_only_a_rare_branch_of_its_space_reads(
     make_plan(parse_sweep({**sweep, "space": "losses", "fixed": {"dclw_sigma": 0.5}}))
     with pytest.raises(ValueError, match="queue_size has no effect: loss="):
         make_plan(parse_sweep({**sweep, "fixed": {"queue_size": 64}}))
+
+
+def adapted_fields(task: str) -> dict[str, Any]:
+    """Every field that may be unread in adaptation -> a value that is not the default."""
+    views = {} if task == "linear" else VIEW_FIELDS  # each costs a fit
+    fields = {
+        **{name: NUMBERS[name] for name in NUMBERS if name not in VIEW_FIELDS},
+        **views,
+        "loss": "vicreg",
+        "projector_layers": 3,
+        "queue_size": 9,
+    }
+    fields |= {"head": "mlp", "tuned_stages": 1, "head_lr": 3.0, "stage_decay": 0.5}
+    fields |= {"label_smoothing": 0.2, "class_weights": "balanced", "labels_fraction": 0.3}
+    fields |= {"labels_seed": 5, "optimizer": "sgd", "schedule": "constant", "batch_size": 16}
+    fields |= {"norm_statistics": "kept", "head_init": "probe", "probe_l2": 0.5, "epochs": 1.5}
+    fields |= {"ema_decay": 0.5, "micro_batch_size": 9, "lr_scaling": "sqrt", "crop_min_scale": 0.9}
+    return {**fields, "projector_hidden": 7, "projector_out": 7, "linear_probe": "always"}
+
+
+@pytest.mark.parametrize("task", ["linear", "finetune"])
+def test_unread_are_the_fields_that_change_no_adaptation(task: str) -> None:
+    base: dict[str, Any] = {"task": task, "train_limit": 60, "val_limit": 40, "image_size": 16}
+    base |= {"batch_size": 20, "epochs": 0.7, "threads": 1, "device": "cpu", "warmup": 0.3}
+    config = TrainConfig.model_validate({**base, "probe_l2": 1.0})  # which is soon fitted
+    data = load_for(config)
+    colours = np.random.default_rng(0).integers(0, 256, data.train.images.shape, np.uint8)
+    labels = data.train.labels.clip(max=2)  # which are not balanced; and digits have no hue
+    data = replace(data, train=replace(data.train, images=colours, labels=labels))
+
+    def adapted(config: TrainConfig) -> list[torch.Tensor]:
+        adapter = Adapter(config, data)
+        list(adapter.run())
+        return [value.clone() for value in adapter.classifier.state_dict().values()]
+
+    expected, unread = adapted(config), unread_fields(config)
+    for field, value in adapted_fields(task).items():
+        found = adapted(config.model_copy(update={field: value}))
+        same = len(found) == len(expected) and all(
+            map(torch.equal, found, expected)
+            if all(a.shape == b.shape for a, b in zip(found, expected, strict=True))
+            else [False]
+        )
+        assert same == (field in unread), field
