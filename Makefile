@@ -1,5 +1,6 @@
 # make demo    a sweep on the built-in digits, about two minutes on two cores, and its report
 # make test    ruff, mypy, pytest
+# make test-all   the same with every repetition and every long test: CONTRASWEEP_TESTS=all
 # make chaos   real drivers, workers, nodes and servers killed, each on its own; 25 to 45 minutes
 # make bench   tests/bench/bench_*.py, one after another
 #
@@ -21,7 +22,7 @@ SOURCES := trainer spaces search analysis tests
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
 NAME := demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help demo test lint chaos bench clean
+.PHONY: help demo test test-all lint chaos bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +34,9 @@ demo: $(VENV)/installed
 # Test files run JOBS at a time, each on one thread: idle threads of one would slow the others.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+
+test-all:
+	CONTRASWEEP_TESTS=all $(MAKE) test
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -1,6 +1,7 @@
 """Comparisons on synthetic samples of known truth: do intervals and test keep what they promise?
 
-Rates are over REPEATS repetitions; a rate of 95 % then has a standard error of about 1 %.
+Rates are over REPEATS repetitions; a rate of 95 % then has a standard error of about 2 %, or of 1 %
+with all of them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from analysis.best_of import (
     probability_better,
 )
 from analysis.compare import SHARE, _trials_needed
+from tests.extent import times
 
-REPEATS = 500
+REPEATS = times(100, 500)
 SLACK = 3 * math.sqrt(LEVEL * (1 - LEVEL) / REPEATS)
 """Three standard errors of a rate."""
 
@@ -143,9 +145,10 @@ def test_as_many_trials_as_are_asked_for_tell_the_difference_seen() -> None:
     needed, beyond = _trials_needed(type(found)(gap, low, high, found.error), 1, 12)
     assert needed is not None
     assert not beyond
-    shown = 0
-    for _ in range(200):
+    shown, repeats = 0, times(80, 500)
+    for _ in range(repeats):
         a, b = sample(rng.normal(size=needed) + gap), sample(rng.normal(size=needed))
         shown += difference(a, b, budget, rng, resamples=200, permutations=200).p <= 1 - LEVEL
-    print(f"{needed} trials: shown in {shown / 200:.2f}")
-    assert 0.65 <= shown / 200 <= 0.93
+    print(f"{needed} trials: shown in {shown / repeats:.2f}")
+    slack = 2 * math.sqrt(0.8 * 0.2 / repeats)  # of the 80 % asked for; the gap itself is rounded
+    assert 0.69 - slack <= shown / repeats <= 0.89 + slack

@@ -19,6 +19,7 @@ from spaces.describe import describe
 from spaces.losses import OWN, losses
 from spaces.quick import quick
 from spaces.simclr import simclr
+from tests.extent import times
 from trainer.config import TrainConfig, parse_config
 from trainer.losses import LOSSES
 from trainer.unread import unread_fields
@@ -53,7 +54,7 @@ ALL: dict[str, Space] = {**SPACES, "conditional": conditional}
 @pytest.mark.parametrize("name", ALL)
 def test_draws_build_configurations_and_stay_in_range(name: str) -> None:
     study = random_study()
-    for _ in range(200):
+    for _ in range(times(60, 200)):
         trial = study.ask()
         fields = run_space(ALL[name], trial)
         config = parse_config(fields)
