@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from search.config import write_atomically
 from search.locks import locked
 from search.provenance import describe_data, git_commit, versions
 from trainer.atomic import replacing
-from trainer.config import TrainConfig, parse_config
+from trainer.config import Augmentation, TrainConfig, parse_config
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from trainer.loop import Report
 
 TASKS = ("knn", "linear", "finetune")
+SPLITS: tuple[Literal["val", "test"], ...] = ("val", "test")
 SCRATCH = "scratch"
 SCRATCH_PREFIX = f"{SCRATCH}:"
 RECORD, ROWS, CLASSIFIERS = "adapt.json", "rows", "classifiers"
@@ -62,7 +63,7 @@ TUNING: dict[str, Any] = {
 }
 """What fine-tuning has in place of the trainer's defaults, which are those of pre-training. Views
 are SimCLR's of fine-tuning, crops and flips (https://arxiv.org/abs/2002.05709, B.5)."""
-INHERITED = ("flip", "vflip", "rotation", "translation", "scaling")
+INHERITED: tuple[Augmentation, ...] = ("flip", "vflip", "rotation", "translation", "scaling")
 """Augmentations that are as in the encoder's pre-training: who left out flips had a reason."""
 
 
@@ -327,7 +328,7 @@ def _computed(
             if steps:
                 kept_step = best["images"] // config.batch_size
                 figures |= {"lr": adapter.config.lr, "kept_step": kept_step}
-            predicted = {split: adapter.predictions(split) for split in ("val", "test")}  # type: ignore[misc]
+            predicted = {split: adapter.predictions(split) for split in SPLITS}
     except Diverged as error:
         wall_s = round(time.monotonic() - started, 3)
         return figures | {"diverged": error.reason, "wall_s": wall_s}
@@ -337,7 +338,7 @@ def _computed(
         figures[f"{split}_balanced_top1"] = balanced_top1(right_N, labels_N)
     figures |= {"test_used": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "test_images": len(data.test)}
     with replacing(out / ROWS / f"{row.name}.npz") as file:
-        np.savez(file, **predicted)
+        np.savez(file, val=predicted["val"], test=predicted["test"])
     if row.seed == 0 and row.task in ("linear", "finetune"):
         save_classifier(out / CLASSIFIERS / f"{row.task}-{row.fraction:g}.safetensors", adapter)
     return figures | {"wall_s": round(time.monotonic() - started, 3)}

@@ -220,7 +220,9 @@ class AdaptDisplay(Listener):
 def print_adaptations(result: dict[str, Any]) -> None:
     """Accuracies on test with their intervals, and the recall of each class."""
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    headings = ("labels", "", "task", "seeds", "test", "95 % interval", "balanced", "val")
+    headings = ["labels", "", "task", "seeds", "test", "95 % interval", "balanced", "val"]
+    if any("over_scratch" in entry for entry in result["results"]):
+        headings.append("over scratch")
     for heading in headings:
         left = heading == "task"
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
@@ -233,7 +235,10 @@ def print_adaptations(result: dict[str, Any]) -> None:
             continue
         interval = f"{found['low']:.3f} to {found['high']:.3f}"
         rest = (entry["test_balanced_top1"], entry["val_top1"])
-        table.add_row(*row, f"{found['mean']:.4f}", interval, *(f"{each:.4f}" for each in rest))
+        told = [f"{found['mean']:.4f}", interval, *(f"{each:.4f}" for each in rest)]
+        if (gain := entry.get("over_scratch")) is not None:
+            told.append(f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})")
+        table.add_row(*row, *told)
     out_console.print(table)
     out_console.print(
         f"{result['test_images']:,} test images, used once by each adaptation; intervals hold "

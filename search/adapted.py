@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from search.adapt import CLASSIFIERS, answers_of
+from search.adapt import CLASSIFIERS, SCRATCH, answers_of
 from search.config import write_atomically
 from trainer.atomic import replacing
 
@@ -41,11 +41,19 @@ def conclude(out: Path, rows: Sequence[Mapping[str, Any]], data: DataSplits) -> 
     for row in rows:
         groups.setdefault((row["task"], row["fraction"]), []).append(row)
     entries, confusions = [], {}
+    right: dict[tuple[str, float], NDArray[np.bool_] | None] = {}
     for key, group in groups.items():
         finished = [row for row in group if row["diverged"] is None]
         predicted_RI = np.array([answers_of(out, row, "test") for row in finished])
         entries.append(_entry(group, finished, predicted_RI, labels_I, data.classes))
         confusions[key] = confusion(predicted_RI, labels_I, len(data.classes))
+        # of all seeds or of none, as they are compared in pairs
+        right[key] = predicted_RI == labels_I if len(finished) == len(group) else None
+    for entry in entries:
+        baseline = right.get((SCRATCH, entry["fraction"]))
+        mine = right[entry["task"], entry["fraction"]]
+        if entry["task"] != SCRATCH and baseline is not None and mine is not None:
+            entry["over_scratch"] = _gain(mine, baseline)
     result = {
         "dir": str(out),
         "dataset": data.name,
@@ -99,7 +107,7 @@ def _entry(
         name: float(np.mean([row[name] for row in finished]))
         for name in ("val_top1", "val_balanced_top1", "test_balanced_top1")
     }
-    recall = {}
+    recall: dict[str, dict[str, float | None]] = {}
     for number, name in enumerate(classes):
         mine_I = labels_I == number
         if mine_I.any():
@@ -111,6 +119,18 @@ def _entry(
             recall[name] = {"recall": None, "low": None, "high": None, "images": 0}
     top1 = {"mean": found.mean, "low": found.low, "high": found.high, "std": found.std}
     return entry | {"test_top1": top1, **means, "recall": recall}
+
+
+def _gain(right_RI: NDArray[np.bool_], baseline_RI: NDArray[np.bool_]) -> dict[str, float]:
+    """How much more often than from scratch, over the same labels and test images."""
+    from analysis.crossed import difference_interval
+
+    seeds = len(baseline_RI)
+    if len(right_RI) == 1:  # nothing is random in it
+        right_RI = np.repeat(right_RI, seeds, axis=0)
+    seeds = min(seeds, len(right_RI))
+    found = difference_interval(right_RI[:seeds], baseline_RI[:seeds], level=LEVEL)
+    return {"mean": found.mean, "low": found.low, "high": found.high, "p": found.p}
 
 
 def _deploy(out: Path, entries: Sequence[Mapping[str, Any]]) -> str | None:

@@ -326,6 +326,8 @@ class _Log(io.TextIOBase):
 
 
 def _figures(metrics: dict[str, Any]) -> str:
-    shown = ("epoch", "train_loss", "top1", "knn_top1", "linear_top1", "alignment", "uniformity")
-    shown += ("rankme",)
+    shown = (
+        *("epoch", "train_loss", "top1", "knn_top1", "linear_top1", "alignment", "uniformity"),
+        "rankme",
+    )
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)

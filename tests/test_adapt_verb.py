@@ -99,7 +99,9 @@ def test_all_tasks_at_two_fractions(
     labelled = labelled_rows(data.train.labels, 0.2, 1)
     bank = encoder.features(data.train.pixels(labelled))
     expected = knn_predictions(
-        bank, torch.from_numpy(data.train.labels[labelled]), encoder.features(data.test.images)
+        bank,
+        torch.from_numpy(data.train.labels[labelled]),
+        encoder.features(data.test.pixels(slice(None))),
     )
     answers = adapting.answers_of(out, {"task": "knn", "fraction": 0.2, "seed": 1}, "test")
     assert np.array_equal(answers, expected.numpy())
