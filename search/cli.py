@@ -31,6 +31,7 @@ from search.console import (
     print_status,
 )
 from search.embed_verb import embedding
+from search.export_verb import exporting
 from search.exports import exports
 from search.listings import listings
 from search.mistakes import run_app
@@ -69,6 +70,7 @@ app = typer.Typer(
 for verbs in (
     training,
     confirming,
+    exporting,
     adapting,
     embedding,
     reporting,
