@@ -220,9 +220,7 @@ class AdaptDisplay(Listener):
 def print_adaptations(result: dict[str, Any]) -> None:
     """Accuracies on test with their intervals, and the recall of each class."""
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    headings = ["labels", "", "task", "seeds", "test", "95 % interval", "balanced", "val"]
-    if any("over_scratch" in entry for entry in result["results"]):
-        headings.append("over scratch")
+    headings = ("labels", "", "task", "seeds", "test", "95 % interval", "balanced", "val")
     for heading in headings:
         left = heading == "task"
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
@@ -236,8 +234,6 @@ def print_adaptations(result: dict[str, Any]) -> None:
         interval = f"{found['low']:.3f} to {found['high']:.3f}"
         rest = (entry["test_balanced_top1"], entry["val_top1"])
         told = [f"{found['mean']:.4f}", interval, *(f"{each:.4f}" for each in rest)]
-        if (gain := entry.get("over_scratch")) is not None:
-            told.append(f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})")
         table.add_row(*row, *told)
     out_console.print(table)
     out_console.print(
@@ -246,6 +242,13 @@ def print_adaptations(result: dict[str, Any]) -> None:
         style="dim",
         soft_wrap=True,
     )
+    for entry in result["results"]:
+        if (gain := entry.get("over_scratch")) is not None:
+            out_console.print(
+                f"{_told(entry['task'])} at {100 * entry['fraction']:.3g} %: {gain['mean']:+.4f} "
+                f"({gain['low']:+.4f} to {gain['high']:+.4f}) over training from scratch",
+                soft_wrap=True,
+            )
     _print_recall(result)
     if result["classifier"]:
         out_console.print(f"classifier: {result['classifier']}", soft_wrap=True)
