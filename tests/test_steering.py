@@ -208,7 +208,8 @@ def test_a_running_sweep_obeys_each_command_once(
 ) -> None:
     process = start(
         "sweep", "--trials", "4", "--epochs", "12", "--report-every", "1", "--scheduler", "none",
-        "--train-limit", "400", "--set", "batch_size=64", "--name", "s", "--json",
+        "--train-limit", "200", "--set", "batch_size=64", "--set", "linear_probe=never",
+        "--name", "s", "--json",
     )  # fmt: skip
     sweep = tmp_path / "runs" / "s"
     state = wait_for(sweep, lambda s: any(t.reports for t in s.unfinished()), process)

@@ -477,12 +477,12 @@ def test_the_axes_say_what_they_hold(files: dict[str, bytes]) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_ends_with_pictures_of_its_best_trials(tmp_path: Path) -> None:
+def test_a_sweep_ends_with_pictures_of_its_best_trials(tmp_path: Path, one_ray: None) -> None:
     """Again when it is extended, and well when the best trial's checkpoint is gone by then."""
     notes: list[str] = []
     config = SweepConfig(
         name="s", out=str(tmp_path / "runs"), trials=2, epochs=1, train_limit=200, val_limit=80,
-        scheduler="none", sampler="random", max_concurrent=2,
+        scheduler="none", sampler="random", max_concurrent=1,
         fixed={"batch_size": 64, "image_size": 16, "linear_probe": "never"},
     )  # fmt: skip
     sweep = Sweep(config, on_note=notes.append)

@@ -37,6 +37,7 @@ from search.train import (
     train,
     trial_to_repeat,
 )
+from tests.conftest import Verbs
 from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
 from trainer.datasets import DataSplits, ImageFiles, Split, load_for
@@ -205,27 +206,24 @@ def test_a_finished_run_resumed_stays_as_it_is(data: DataSplits, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_from_the_command_line(tmp_path: Path) -> None:
-    contrasweep = [sys.executable, "-c", "from search.cli import main; main()"]
-    common = ["--epochs", "6", "--train-limit", "400", "--set", "batch_size=64", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-
-    def run(*arguments: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [*contrasweep, "train", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return json.loads(done.stdout)
-
-    whole = run("--out", "whole", *common)
+def test_killed_and_resumed_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbs: Verbs
+) -> None:
+    common = ["--epochs", "6", "--train-limit", "400", "--set", "batch_size=64"]
+    monkeypatch.chdir(tmp_path)
+    whole = verbs.json("train", "--out", "whole", *common)
     victim = subprocess.Popen(
-        [*contrasweep, "train", "--out", "cut", *common],
+        [
+            sys.executable,
+            "-c",
+            "from search.cli import main; main()",
+            "train",
+            "--out",
+            "cut",
+            *common,
+        ],
         cwd=tmp_path,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -236,7 +234,7 @@ def test_killed_and_resumed_from_the_command_line(tmp_path: Path) -> None:
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert not (tmp_path / "cut" / "result.json").exists()
-    resumed = run("--resume", "cut", "--json")
+    resumed = verbs.json("train", "--resume", "cut")
     for name, value in whole["metrics"].items():
         if name not in TIMINGS:
             assert resumed["metrics"][name] == value

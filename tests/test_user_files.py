@@ -72,12 +72,13 @@ def test_a_change_of_the_file_or_its_copy_is_refused(tmp_path: Path) -> None:
 
 def small(tmp_path: Path, **fields: Any) -> SweepConfig:
     base: dict[str, Any] = {"name": "s", "out": str(tmp_path / "runs"), "trials": 2, "epochs": 1.0}
+    base |= {"max_concurrent": 1}  # each worker costs the seconds of its start
     fixed = {"batch_size": 32, "device": "cpu", **fields.pop("fixed", {})}
     return SweepConfig(**(base | {"train_limit": 200, "val_limit": 60} | fields), fixed=fixed)
 
 
 @pytest.mark.slow
-def test_a_sweep_with_own_losses_goes_on_from_its_copies(tmp_path: Path) -> None:
+def test_a_sweep_with_own_losses_goes_on_from_its_copies(tmp_path: Path, one_ray: None) -> None:
     refs = [loss_at(tmp_path / "a.py"), loss_at(tmp_path / "b.py", "push", 2.0)]
     space = tmp_path / "my_space.py"
     space.write_text(
@@ -113,7 +114,7 @@ def pictures(folder: Path, *, classes: bool) -> str:
 
 
 @pytest.mark.slow
-def test_a_streamed_sweep_gives_what_one_in_memory_gives(tmp_path: Path) -> None:
+def test_a_streamed_sweep_gives_what_one_in_memory_gives(tmp_path: Path, one_ray: None) -> None:
     dataset = pictures(tmp_path / "pictures", classes=True)
     found = {}
     for mode in ("yes", "no"):
@@ -129,7 +130,7 @@ def test_a_streamed_sweep_gives_what_one_in_memory_gives(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_images_without_labels_are_searched_by_their_rank(tmp_path: Path) -> None:
+def test_images_without_labels_are_searched_by_their_rank(tmp_path: Path, one_ray: None) -> None:
     flat = tmp_path / "flat"
     pictures(flat, classes=False)
     with pytest.raises(ValueError, match="--labelled"):
