@@ -155,12 +155,15 @@ def _measure(config: TrainConfig, folder: Path, seconds: float, together: Barrie
     """Train from mark to mark, each twice as far as the one before, until the time is over."""
     import torch
 
+    from trainer.adapt import make_trainer
     from trainer.checkpoint import save_checkpoint
-    from trainer.loop import Trainer
 
+    if config.task == "linear":
+        together.abort()
+        raise ValueError("a linear classifier is fitted in one step: there is nothing to forecast")
     marks = [config.batch_size * 2**doubling for doubling in range(DOUBLINGS + 1)]
     try:
-        trainer = Trainer(config, _shared(folder), marks=marks)
+        trainer = make_trainer(config, _shared(folder), marks=marks)
         reports = trainer.run()
         first = last = next(reports)  # the first step and evaluation warm everything up
     except BaseException:

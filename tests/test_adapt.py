@@ -331,6 +331,8 @@ def test_the_task_chooses_what_runs_it(data: DataSplits) -> None:
     assert type(make_trainer(tiny(task="pretrain", augment="all"), data)) is Trainer
     with pytest.raises(ValueError, match="task must be linear or finetune"):
         Adapter(tiny(task="pretrain"), data)
+    with pytest.raises(ValueError, match="a Trainer pre-trains, got task=finetune"):
+        Trainer(tiny(), data)
 
 
 # ---------------------------------------------------------------------- what it starts from

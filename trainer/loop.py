@@ -284,6 +284,8 @@ class Trainer(Loop):
     def __init__(
         self, config: TrainConfig, data: DataSplits, *, marks: Sequence[int] | None = None
     ) -> None:
+        if config.task != "pretrain":
+            raise ValueError(f"a Trainer pre-trains, got task={config.task}; use make_trainer")
         super().__init__(config, data, marks=marks)
         self._loss = get_loss(config.loss)
         self._labels_N: Tensor | None = None
