@@ -370,9 +370,12 @@ def test_an_error_of_the_store_shows_no_password(tmp_path: Path) -> None:
     assert "hunter2" not in problem
 
 
-@pytest.fixture
-def server(tmp_path: Path, store: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, store: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A real `mlflow server` on loopback, over a copy of the store."""
+    tmp_path = tmp_path_factory.mktemp("server")
     shutil.copy(store, tmp_path / "server.db")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -414,8 +417,7 @@ def test_a_server_that_hangs_and_comes_back_misses_nothing(
     time.sleep(4)
     os.killpg(process.pid, signal.SIGCONT)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # short only to make it fail
-    time.sleep(6)
-    assert recorder.stop() is None
+    assert recorder.stop(timeout_s=120) is None
     check_record(uri, "id-s1")
     history = MlflowClient(uri).get_metric_history(
         runs_of(uri, "id-s1")[1][3].info.run_id, "knn_top1"
