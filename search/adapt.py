@@ -330,8 +330,7 @@ def _computed(
                 figures |= {"lr": adapter.config.lr, "kept_step": kept_step}
             predicted = {split: adapter.predictions(split) for split in SPLITS}
     except Diverged as error:
-        wall_s = round(time.monotonic() - started, 3)
-        return figures | {"diverged": error.reason, "wall_s": wall_s}
+        return figures | {"diverged": error.reason, "wall_s": time.monotonic() - started}
     for split, labels_N in (("val", data.val.labels), ("test", data.test.labels)):
         right_N = predicted[split] == labels_N
         figures[f"{split}_top1"] = float(right_N.mean())
@@ -374,9 +373,8 @@ def _train(
                 progress.on_report(report)
                 score = float(getattr(report, measure))
                 if best is None or score > best["score"]:
-                    weights = copy.deepcopy(adapter.classifier.state_dict())
                     best = {"score": score, "number": number, "images": report.samples_seen}
-                    best["weights"] = weights
+                    best["weights"] = copy.deepcopy(adapter.classifier.state_dict())
                 if config.task == "finetune":
                     now = {"number": number, "trainer": adapter.state_dict(), "best": best}
                     save_checkpoint(saved, now, config, report.mark)
