@@ -17,6 +17,8 @@ MOST_CHARACTERS = 200
 MEASURES = {
     "knn_top1": "kNN accuracy (k = 20)",
     "linear_top1": "linear probe accuracy",
+    "top1": "accuracy of the adapted classifier, which is not exported",
+    "balanced_top1": "its mean recall over the classes",
     "rankme": "effective rank (RankMe)",
 }
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-!|~>:@])")
@@ -47,9 +49,8 @@ def _head(about: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"Encodes square images of {about['image_size']} pixels as {about['feature_dim']} numbers "
-        f"each. Pre-trained on {escaped(about['data']['name'])} by contrasweep"
-        + ("" if about["config"]["loss"] == "sup_con" else ", without labels")
-        + f", with {source['samples_seen']:,} images seen."
+        f"each. {_trained(about['config'])} {escaped(about['data']['name'])} by contrasweep"
+        f", with {source['samples_seen']:,} images seen."
     )
     yield ""
     yield f"- origin: {_origin(source)}"
@@ -58,6 +59,20 @@ def _head(about: Mapping[str, Any]) -> Iterator[str]:
         differs = each["largest_difference"]
         note = f", differs from the trainer by at most {differs:.1e}" if differs else ""
         yield f"- `{each['file']}`: {name}, {each['bytes'] / 1e6:.1f} MB{note}"
+
+
+def _uses_labels(config: Mapping[str, Any]) -> bool:
+    return config["loss"] == "sup_con" or config.get("task") == "finetune"
+
+
+def _trained(config: Mapping[str, Any]) -> str:
+    adapted = {
+        "linear": "Left as it was while a linear classifier was fitted on",
+        "finetune": "Fine-tuned to the labels of",
+    }
+    if config.get("task") in adapted:
+        return adapted[config["task"]]
+    return "Pre-trained with labels on" if _uses_labels(config) else "Pre-trained without labels on"
 
 
 def _origin(source: Mapping[str, Any]) -> str:
@@ -184,14 +199,18 @@ def _training(about: Mapping[str, Any]) -> Iterator[str]:
 
 def _limits(about: Mapping[str, Any]) -> Iterator[str]:
     name = escaped(about["data"]["name"])
-    supervised = about["config"]["loss"] == "sup_con"
+    supervised = _uses_labels(about["config"])
     tested = any(key.startswith("test_") for key in about["metrics"]) or any(
         each["name"].startswith("test_") for each in about["figures"]
     )
     yield from ("", "## Limits", "")
     yield (
-        "- Its features are what training on views of images left in them"
-        + (" and their labels" if supervised else "; no label told it what matters")
+        "- Its features are what training on images "
+        + (
+            "and their labels left in them"
+            if supervised
+            else "alone left in them: no label told what matters"
+        )
         + ". A classifier on top has to be trained and tested for its task."
     )
     yield (

@@ -46,7 +46,7 @@ FILES = {
 }
 RUN_RESULT, RUN_PLAN = "result.json", "run.json"
 TOLD_TRIALS = 20
-TOLD_METRICS = ("knn_top1", "linear_top1", "rankme")
+TOLD_METRICS = ("knn_top1", "linear_top1", "top1", "balanced_top1", "rankme")
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,8 @@ def register(uri: str, name: str, model_id: str, run: str | None, *, confirmed: 
                 source=str(client.get_logged_model(model_id).artifact_location),
                 run_id=run,
                 tags={f"{PREFIX}model_id": model_id},
-                model_id=model_id,
+                # of a model without a run MLflow looks it up there, too
+                model_id=model_id if run is not None else None,
             )
         )
         if confirmed:

@@ -352,6 +352,26 @@ def test_text_of_users_is_shown_and_never_is_markup(sweep: Path) -> None:
     assert len(escaped("x" * 999)) < 250
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "Pre-trained without labels on"),
+        ({"loss": "sup_con"}, "Pre-trained with labels on"),
+        ({"task": "finetune"}, "Fine-tuned to the labels of"),
+        ({"task": "linear"}, "Left as it was while a linear classifier was fitted on"),
+    ],
+)
+def test_the_card_says_whether_labels_were_used(
+    sweep: Path, changes: dict[str, str], told: str
+) -> None:
+    about = read_model(model_to_export(sweep)).about | {"files": {}}
+    about["config"] = about["config"] | changes
+    card = model_card(about)
+    assert told in card
+    unlabelled = not changes or changes.get("task") == "linear"
+    assert ("no label told" in card) is unlabelled
+
+
 def test_the_configuration_cannot_leave_its_block(sweep: Path) -> None:
     about = read_model(model_to_export(sweep)).about | {"files": {}}
     about["config"] = about["config"] | {"dataset": "folder:/x\n```\n<script>"}
