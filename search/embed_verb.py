@@ -42,13 +42,13 @@ def embed(
         typer.Option(min=0, help="Processes that decode. (default: one a core, at most 16)"),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace FILE, and parts left for other images.")
+        bool, typer.Option("--force", help="Replace FILE, and parts of other images or encoders.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the features of all images below a folder to a Parquet file, a row for each.
 
-    The columns are file, class (the first folder below FOLDER) and features. The same command
+    Columns: file, class (the first folder below FOLDER) and features. The same command
     goes on with a run that was interrupted.
     """
     from trainer.embed import embed_folder
