@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.extent import ALL
 from trainer import TrainConfig, Trainer
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.datasets import DataSplits, load_for
@@ -99,7 +100,7 @@ def test_cut_anywhere_and_continued_equals_uninterrupted(
     end = without_timings(whole.state_dict())
     assert len(reports) == 6
 
-    for cut in range(len(reports)):
+    for cut in range(len(reports)) if ALL else (0, 3, 5):
         continued = Trainer(config, data)
         checkpoint = load_checkpoint(tmp_path / f"{cut}.pt")
         continued.load_state_dict(checkpoint.state)
