@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from analysis.style import BLUE, GREEN, ORANGE, theme
 
 PANELS = (
-    ("accuracy on validation images", ("knn_top1", "linear_top1")),
+    ("accuracy on validation images", ("knn_top1", "linear_top1", "top1")),
     ("training loss", ("train_loss",)),
     ("loss on validation images", ("val_loss",)),
     ("alignment, uniformity (lower is better)", ("alignment", "uniformity")),

@@ -104,6 +104,7 @@ def make_plan(
     from trainer.datasets import load_for
     from trainer.device import pick_device
     from trainer.loop import check_fits, check_names, check_weights, report_marks
+    from trainer.pretrained import normalised_as_trained
 
     source = space_of(config)
     space = with_fixed(source, config.base_fields())
@@ -140,6 +141,7 @@ def make_plan(
         cache_dir=cache_dir,
         progress=progress,
     )
+    data = normalised_as_trained(base, data)
     if config.confirmation is not None:
         check_data(config.confirmation, describe_data(data)["digest"], data)
     if config.node_cache is not None and not in_files(data):

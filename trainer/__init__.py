@@ -11,27 +11,36 @@ from typing import TYPE_CHECKING, Any
 from trainer.config import TrainConfig, parse_config
 
 if TYPE_CHECKING:
+    from trainer.classifier import Classifier, load_classifier
     from trainer.export import ExportedEncoder, load_encoder
     from trainer.loop import Diverged, Report, Trainer
 
 __all__ = [
+    "Classifier",
     "Diverged",
     "ExportedEncoder",
     "Report",
     "TrainConfig",
     "Trainer",
+    "load_classifier",
     "load_encoder",
     "parse_config",
 ]
 
+_HOMES = {
+    "Diverged": "trainer.loop",
+    "Report": "trainer.loop",
+    "Trainer": "trainer.loop",
+    "ExportedEncoder": "trainer.export",
+    "load_encoder": "trainer.export",
+    "Classifier": "trainer.classifier",
+    "load_classifier": "trainer.classifier",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("Diverged", "Report", "Trainer"):
-        import trainer.loop
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return getattr(trainer.loop, name)
-    if name in ("ExportedEncoder", "load_encoder"):
-        import trainer.export
-
-        return getattr(trainer.export, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

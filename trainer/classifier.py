@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trainer.atomic import replacing
 from trainer.config import TrainConfig, parse_config
-from trainer.export import _Metadata as About
+from trainer.export import About
 from trainer.heads import HEADS, MakeHead, load_head
 from trainer.models import build_encoder
 from trainer.transform import ImageTransform, Picture
@@ -41,7 +41,7 @@ BATCH = 256
 """Images classified at a time."""
 
 
-class _Metadata(About):
+class AboutClassifier(About):
     head: str
     classes: Json[tuple[str, ...]]
 
@@ -150,7 +150,7 @@ def load_classifier(
             "encoder"
         )
     try:
-        about = _Metadata.model_validate(texts)
+        about = AboutClassifier.model_validate(texts)
         config = parse_config(about.config)
     except ValidationError as error:
         first = error.errors()[0]

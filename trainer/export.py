@@ -46,7 +46,7 @@ BATCH = 512
 Positive = Annotated[float, Field(gt=0)]
 
 
-class _Metadata(BaseModel):
+class About(BaseModel):
     """What stands beside the weights, in text, as safetensors has it."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -204,7 +204,7 @@ def load_encoder(path: Path | str, device: torch.device | str = "cpu") -> Export
             "train from it, or export it again"
         )
     try:
-        about = _Metadata.model_validate(metadata)
+        about = About.model_validate(metadata)
         config = parse_config(about.config)
         with torch.random.fork_rng(devices=[]):
             encoder, feature_dim = build_encoder(config.encoder, config.image_size)

@@ -17,8 +17,7 @@ from safetensors import safe_open
 
 from trainer.config import TrainConfig
 from trainer.datasets import DataSplits
-from trainer.export import FORMAT_KEY
-from trainer.export import _Metadata as About
+from trainer.export import FORMAT_KEY, About
 
 ABOUT = ("encoder", "image_size")
 """Fields of `TrainConfig` that an exported encoder decides."""
