@@ -17,7 +17,7 @@ from optuna.trial import BaseTrial
 
 
 def adapt(trial: BaseTrial) -> dict[str, Any]:
-    """Tuned stages, head, learning rates, weight decay, crop, smoothing, averaging (AdamW)."""
+    """Tuned stages, head, learning rates, weight decay, crop, smoothing (AdamW)."""
     tuned = trial.suggest_categorical("tuned_stages", [None, 2, 1, 0])
     fields: dict[str, Any] = {
         "task": "finetune",
@@ -33,6 +33,6 @@ def adapt(trial: BaseTrial) -> dict[str, Any]:
         "crop_min_scale": trial.suggest_float("crop_min_scale", 0.1, 0.9, log=True),
         "batch_size": 128,
     }
-    if tuned is None or tuned > 1:
+    if tuned not in (0, 1):
         fields["stage_decay"] = trial.suggest_float("stage_decay", 0.4, 1.0)
     return fields
