@@ -146,7 +146,7 @@ def test_dropout_is_the_same_in_both_passes_of_a_micro_batch() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
 def test_peak_memory_is_that_of_the_micro_batch() -> None:
-    sizes = [(16, None), (128, None), (128, 16)]
+    sizes = [(8, None), (64, None), (64, 8)]
     code = f"""
 import os
 import torch
