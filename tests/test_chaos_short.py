@@ -10,7 +10,7 @@ from search.state import SweepState
 from tests.chaos import S3, Attack, kill, mlflow_server, raylets, s3_server, working
 
 pytestmark = pytest.mark.slow
-TRIALS, MORE = 5, 1
+TRIALS, MORE = 3, 1
 
 
 def deaths(state: SweepState) -> int:
