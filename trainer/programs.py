@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUT = "images", "features"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+CHATTY = ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
 CHECKED_BATCHES = (1, 3)
 TOLERANCE = 1e-3
 """Of the largest feature: beyond it the program computes something else. Rounding stays below
@@ -165,7 +166,7 @@ def _difference(found_NF: Tensor, encoder: ExportedEncoder, images: Tensor) -> f
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Torch's news of its own work: off the standard output, and no warnings."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in CHATTY]
     levels = [each.level for each in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
