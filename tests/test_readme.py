@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import click
 import optuna
 import pytest
 import typer
+from PIL import Image
 
 from search.cli import app
 from search.train import Run, train
@@ -66,15 +68,22 @@ def test_the_loss_of_the_readme_is_one(tmp_path: Path) -> None:
 def test_the_exported_encoder_is_used_as_the_readme_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = re.search(r"```python\n(from pathlib.*?)```", README, flags=re.DOTALL)
-    assert source is not None
+    of_pixels = re.search(r"```python\n(from trainer import load_.*?)```", README, flags=re.DOTALL)
+    of_files = re.search(r"```python\n(import torch\n.*?)```", README, flags=re.DOTALL)
+    assert of_pixels is not None
+    assert of_files is not None
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(epochs=1, train_limit=300, batch_size=64)
     data = load_for(config)
     train(Run(config), data, Path("runs/barlow"))
     scope: dict[str, Any] = {"images": data.test.images[:5]}
-    exec(source[1], scope)
+    exec(of_pixels[1], scope)
     assert scope["features"].shape == (5, 192)
+    shutil.copytree("runs/barlow", "runs/cifar/export")
+    for name in ("cat.jpg", "dog.png"):
+        Image.fromarray(data.test.images[0].transpose(1, 2, 0)).save(name)
+    exec(of_files[1], scope)
+    assert scope["features"].shape == (2, 192)
 
 
 def test_the_tree_names_every_file() -> None:
