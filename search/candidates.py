@@ -101,13 +101,21 @@ def _is_finished(directory: Path) -> bool:
 
 def _continued(directory: Path, config: SweepConfig, notes: list[str]) -> ConfirmationPlan:
     begun = parse_sweep(load_state(directory / FILE_NAME).header["config"])
-    if (begun.confirmation, begun.epochs) != (config.confirmation, config.epochs):
+    if _plan_of(begun) != _plan_of(config):
         raise ValueError(
             f"{directory} is unfinished and was to be another one (other candidates, seeds or "
             f"epochs); end it first by 'contrasweep resume {directory}'"
         )
     note = f"goes on with {directory}"
     return ConfirmationPlan(begun, resumes=directory, notes=(*notes, note))
+
+
+def _plan_of(config: SweepConfig) -> Any:
+    """What tells confirmations apart; a newer version may give candidates further fields."""
+    assert config.confirmation is not None
+    who = {"name", "trial", "top", "baseline"}
+    candidates = [each.model_dump(include=who) for each in config.confirmation.candidates]
+    return candidates, config.confirmation.seeds, config.epochs
 
 
 def _configuration(

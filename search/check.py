@@ -29,6 +29,7 @@ from search.state import Event, SweepState, TrialState
 from search.storage import Storage, joined
 from search.store import EXPERIMENT, PREFIX, runs_of
 from search.tracking import STATUS
+from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -126,7 +127,7 @@ class _Witness:
         return [
             f"has {name} {event.get(name)!r}; suggested anew, it is {proposal[name]!r}"
             for name in PROPOSED
-            if name in event and event[name] != _plain(proposal[name])
+            if name in event and _now(name, event[name]) != _plain(proposal[name])
         ]
 
     def _report(self, event: Event) -> list[str]:
@@ -230,6 +231,13 @@ def _differences(state: SweepState, trial: TrialState, run: Any, client: MlflowC
             f"{len(journaled)} {journaled[:3]}..."
         )
     return faults
+
+
+def _now(name: str, journaled: Any) -> Any:
+    """A journaled value; a configuration with the fields that there were not at its time."""
+    if name != "config":
+        return journaled
+    return {**_plain(TrainConfig().model_dump()), **journaled}
 
 
 def _plain(value: Any) -> Any:

@@ -217,6 +217,11 @@ def check_unchanged(config: SweepConfig, journaled: SweepConfig) -> None:
         found, recorded = getattr(config, name), getattr(journaled, name)
         if name == "storage" and None not in (found, recorded):
             continue  # it was moved
+        if name == "confirmation" and found != recorded:  # pages long
+            raise ValueError(
+                f"{name} in sweep.yaml is another than the sweep began with; restore it from the "
+                "first line of its journal"
+            )
         if name not in MAY_CHANGE and found != recorded:
             raise ValueError(
                 f"{name} in sweep.yaml is {found!r}, but the sweep began with {recorded!r}; "

@@ -21,7 +21,7 @@ from search.state import SweepState
 from search.strata import Strata, StratifiedStudy, counts_of
 from search.study import Study, Suggestion, WarmTrial
 from spaces import Space, default_params, with_fixed
-from trainer.config import parse_config
+from trainer.config import TrainConfig, parse_config
 
 
 class Proposals:
@@ -51,7 +51,8 @@ class Proposals:
         self._strata_counts = counts_of(trials)
         self.newly_exhausted: list[str] = []
         """Strata of which that was found and is not yet journaled."""
-        self._seen = {_key(trial.config) for trial in trials}
+        now = TrainConfig().model_dump()  # with fields that an older version's trials lack
+        self._seen = {_key({**now, **trial.config}) for trial in trials}
         self._tried = {_params_key(trial.params) for trial in trials}
         self.study = StratifiedStudy(space, strata, self._make_study)
         self.study.restore(trials, [WarmTrial.from_event(event) for event in state.warm])

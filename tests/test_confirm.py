@@ -182,6 +182,14 @@ def test_an_unfinished_one_goes_on_and_a_second_is_asked_for(tmp_path: Path) -> 
     folder = begin(first.config, sweep)
     again = plan_confirmation(sweep, Wish(top=1))
     assert (again.resumes, again.config) == (folder, first.config)
+    text = (folder / FILE_NAME).read_text()
+    older = text.replace('"projector_norm":false,', "")  # as before there was this field
+    assert older != text
+    (folder / FILE_NAME).write_text(older)
+    assert plan_confirmation(sweep, Wish(top=1)).resumes == folder
+    with pytest.raises(ValueError, match="confirmation in sweep.yaml is another than the sweep"):
+        Sweep.open(folder)
+    (folder / FILE_NAME).write_text(text)
     with pytest.raises(ValueError, match="is unfinished and was to be another one"):
         plan_confirmation(sweep, Wish(top=2))
     Journal(folder / FILE_NAME).append("sweep_finished", state="finished", reason="")
