@@ -187,7 +187,7 @@ def test_an_unfinished_one_goes_on_and_a_second_is_asked_for(tmp_path: Path) -> 
     assert older != text
     (folder / FILE_NAME).write_text(older)
     assert plan_confirmation(sweep, Wish(top=1)).resumes == folder
-    with pytest.raises(ValueError, match="confirmation in sweep.yaml is another than the sweep"):
+    with pytest.raises(ValueError, match=r"confirmation in sweep\.yaml is another than the sweep"):
         Sweep.open(folder)
     (folder / FILE_NAME).write_text(text)
     with pytest.raises(ValueError, match="is unfinished and was to be another one"):
