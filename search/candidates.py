@@ -15,7 +15,7 @@ from optuna.trial import FixedTrial
 
 from search.asha import score_of
 from search.config import SHARED_FIELDS, SweepConfig, parse_sweep
-from search.confirmation import FOLDER, SPACE, Candidate, Confirmation
+from search.confirmation import FOLDER, MOST_TRIALS, NO_LABELS, SPACE, Candidate, Confirmation
 from search.confirmed import confirmations
 from search.folders import is_running
 from search.journal import FILE_NAME, load_state
@@ -76,8 +76,17 @@ def plan_confirmation(sweep: Sweep, wish: Wish, recorded: int = 0) -> Confirmati
             f"or stop it by 'contrasweep stop {sweep.dir}'"
         )
     state = load_state(sweep.dir / FILE_NAME)
+    if not (state.header["data"].get("bank", 1) and state.header["data"]["test"]):
+        raise ValueError(NO_LABELS.format(state.header["data"]["name"]))
+    if (wish.top + 1) * wish.seeds > MOST_TRIALS:
+        raise ValueError(
+            f"--top {wish.top} with --seeds {wish.seeds} and a baseline are more than "
+            f"{MOST_TRIALS:,} trainings; confirm fewer"
+        )
     begun = confirmations(sweep.dir)
     unfinished = [number for number, path in begun.items() if not _is_finished(path)]
+    if wish.again:  # beside what will not be finished
+        unfinished = []
     used = max([*begun, recorded])
     ordinal = unfinished[-1] if unfinished else used + 1
     candidates, notes = _candidates(sweep, state, wish)
@@ -104,7 +113,8 @@ def _continued(directory: Path, config: SweepConfig, notes: list[str]) -> Confir
     if _plan_of(begun) != _plan_of(config):
         raise ValueError(
             f"{directory} is unfinished and was to be another one (other candidates, seeds or "
-            f"epochs); end it first by 'contrasweep resume {directory}'"
+            f"epochs); end it first by 'contrasweep resume {directory}', or begin another beside "
+            "it with --again"
         )
     note = f"goes on with {directory}"
     return ConfirmationPlan(begun, resumes=directory, notes=(*notes, note))
@@ -129,6 +139,7 @@ def _configuration(
         sweep=str(header["config"]["name"]),
         ordinal=ordinal,
         data_digest=header["data"]["digest"],
+        searched_images=header["total_images"],
         candidates=tuple(candidates),
         seeds=tuple(seeds),
     )

@@ -31,7 +31,12 @@ SCHEMA = 1
 SPACE = "confirm"
 """What stands for the space in the configuration of a confirmation."""
 FOLDER = "confirm-"
-MOST_SEEDS = 100
+MOST_SEEDS, MOST_TRIALS = 100, 2_000
+"""What readers of the record take."""
+NO_LABELS = (
+    "a confirmation is judged on labelled test images, and the data set {} has none; search with "
+    "--labelled SOURCE"
+)
 
 
 class Candidate(BaseModel):
@@ -57,6 +62,7 @@ class Confirmation(BaseModel):
     sweep: str = Field(description="its name")
     ordinal: int = Field(ge=1, description="how often its test split is used, with this time")
     data_digest: str = Field(description="of the data that the sweep searched on")
+    searched_images: int | None = Field(None, description="the full resource of the sweep's trials")
     candidates: tuple[Candidate, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=2, max_length=MOST_SEEDS)
 
@@ -109,10 +115,7 @@ def check_data(confirmation: Confirmation, digest: str, data: DataSplits) -> Non
             f"is now {len(data.train):,} training images; restore it"
         )
     if not len(data.bank) or not len(data.test):
-        raise ValueError(
-            f"a confirmation is judged on labelled test images, and the data set {data.name} has "
-            "none; search with --labelled SOURCE"
-        )
+        raise ValueError(NO_LABELS.format(data.name))
 
 
 def packed(right_N: NDArray[np.bool_]) -> str:
