@@ -141,7 +141,7 @@ def make_plan(
         cache_dir=cache_dir,
         progress=progress,
     )
-    data = normalised_as_trained(base, data)
+    data = normalised_as_trained(configurations[0], data)  # the space may set the task
     if config.confirmation is not None:
         check_data(config.confirmation, describe_data(data)["digest"], data)
     if config.node_cache is not None and not in_files(data):
@@ -195,6 +195,12 @@ def make_plan_again(
             f"the search space {config.space} has changed since the sweep began; restore it from "
             f"{copy} or start a new sweep"
         )
+    weights = weights_sha256(config)
+    if state.header.get("weights_sha256", weights) != weights:
+        raise ValueError(
+            f"encoder_weights {config.fixed.get('encoder_weights')} has changed since the sweep "
+            "began; restore it or start a new sweep"
+        )
     copied = from_json(state.header.get("loss_files", []))
     check_loss_files(copied, sweep_dir)
     if config.in_memory == "auto":  # the memory that is free now must not change the data
@@ -209,6 +215,12 @@ def make_plan_again(
             f"{len(plan.data.train):,} training images; restore it or start a new sweep"
         )
     return plan
+
+
+def weights_sha256(config: SweepConfig) -> str | None:
+    """Of the file of weights that all trials begin with, if there is one."""
+    path = config.fixed.get("encoder_weights")
+    return sha256(Path(path)) if path is not None and Path(path).is_file() else None
 
 
 def check_unchanged(config: SweepConfig, journaled: SweepConfig) -> None:

@@ -37,7 +37,14 @@ from search.locks import LOCK_NAME, locked
 from search.mirror import Mirror, MirrorError, check_apart, check_new, fully_mirrored
 from search.nodes import check_shared
 from search.pictures import make_pictures
-from search.plan import SPACE_COPY, Plan, check_unchanged, make_plan, make_plan_again
+from search.plan import (
+    SPACE_COPY,
+    Plan,
+    check_unchanged,
+    make_plan,
+    make_plan_again,
+    weights_sha256,
+)
 from search.provenance import describe_data, git_commit, versions
 from search.result import SweepResult, result_of
 from search.segments import CHECKPOINT_PREFIX, TRIALS
@@ -135,6 +142,7 @@ class Sweep:
                 planned=plan.trials,
                 data=describe_data(plan.data),
                 space_sha256=sha256(plan.space_file),
+                weights_sha256=weights_sha256(self.config),
                 loss_files=to_json(plan.loss_files),
                 versions=versions(),
                 git_commit=git_commit(),

@@ -221,3 +221,9 @@ def test_a_sweep_searches_the_adaptation_of_one_encoder(exported: Path, tmp_path
         assert (trial.config["task"], trial.config["image_size"]) == ("finetune", 16)
         assert trial.value("top1") is not None
         assert trial.value("knn_top1") is None
+    assert state.header["data"]["mean"] == [0.3, 0.3, 0.3]  # the encoder's, which is exported
+    whole = exported.read_bytes()
+    exported.write_bytes(whole + b" ")
+    done = CliRunner().invoke(app, ["resume", str(tmp_path / "s"), "--trials", "1"])
+    exported.write_bytes(whole)
+    assert "has changed since the sweep began; restore it" in str(done.exception)
