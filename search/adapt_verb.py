@@ -66,11 +66,18 @@ def adapt(
         ),
     ] = False,
     epochs: Annotated[
-        float, typer.Option(help="Of fine-tuning: passes over the labels that are used.")
-    ] = EPOCHS,
+        float | None,
+        typer.Option(
+            help=f"Of fine-tuning: passes over the labels that are used. (default: {EPOCHS:g})"
+        ),
+    ] = None,
     least_steps: Annotated[
-        int, typer.Option(min=1, help="Of fine-tuning, however few labels there are.")
-    ] = LEAST_STEPS,
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Of fine-tuning, however few labels there are. (default: {LEAST_STEPS})",
+        ),
+    ] = None,
     class_weights: Annotated[
         Literal["none", "balanced"] | None,
         typer.Option(help="balanced: every class counts alike. (default: none)"),
@@ -119,16 +126,21 @@ def adapt(
         if name in OWN or name in fields:
             raise ValueError(f"{name} is not for --set here; the verb's own arguments decide it")
     fields = absolute_paths(fields | fixed)
+    tasks = tuple(each.strip() for each in task.split(","))
+    tunes = "finetune" in tasks or compare_scratch or model.startswith(SCRATCH_PREFIX)
+    for option, value in {"--epochs": epochs, "--least-steps": least_steps}.items():
+        if value is not None and not tunes:
+            raise ValueError(f"{option} has no effect without --task finetune; leave it out")
     plan = plan_adaptation(
         model,
         fields,
         {name for name in ("class_weights", "head", *fixed) if name in fields},
-        tasks=tuple(each.strip() for each in task.split(",")),
+        tasks=tasks,
         fractions=_fractions(labels_fraction),
         seeds=seeds,
         compare_scratch=compare_scratch,
-        epochs=epochs,
-        least_steps=least_steps,
+        epochs=EPOCHS if epochs is None else epochs,
+        least_steps=LEAST_STEPS if least_steps is None else least_steps,
     )
     config: TrainConfig = plan.config(plan.rows()[0], MANY)
     data = load_for(
@@ -238,7 +250,8 @@ def print_adaptations(result: dict[str, Any]) -> None:
     out_console.print(table)
     out_console.print(
         f"{result['test_images']:,} test images, used once by each adaptation; intervals hold "
-        "seeds and images, of one seed images alone",
+        "seeds and images, of one seed images alone; rate and length of fine-tuning were chosen by "
+        f"the labels of {result['val_images']:,} validation images",
         style="dim",
         soft_wrap=True,
     )

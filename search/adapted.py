@@ -58,6 +58,7 @@ def conclude(out: Path, rows: Sequence[Mapping[str, Any]], data: DataSplits) -> 
         "dir": str(out),
         "dataset": data.name,
         "classes": list(data.classes),
+        "val_images": len(data.val),
         "test_images": len(labels_I),
         "results": entries,
         "classifier": _deploy(out, entries),

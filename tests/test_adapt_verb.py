@@ -169,7 +169,7 @@ def test_from_scratch_and_unlike_classes(tmp_path: Path) -> None:
         (("--task", "knn,knn"), "must name tasks once each"),
         (("--labels-fraction", "0"), r"--labels-fraction must be in (0, 1], got 0"),
         (("--labels-fraction", "a"), "--labels-fraction must be numbers such as"),
-        (("--epochs", "0"), "--epochs must be above 0, got 0"),
+        (("--task", "finetune", "--epochs", "0"), "--epochs must be above 0, got 0"),
         (("--head", "mlp"), "head has no effect: task=linear does not read it"),
         (("--set", "temperature=0.1"), "temperature has no effect: task=linear"),
         (("--set", "labels_seed=1"), "labels_seed is not for --set here"),
@@ -192,6 +192,7 @@ def test_models_and_folders_that_are_none_are_refused(exported: Path, tmp_path: 
     assert "does not exist" in refused(tmp_path / "absent.safetensors")
     assert "encoder must be one of conv_small" in refused("scratch:nope", "--task", "finetune")
     assert "--compare-scratch compares" in refused("scratch:conv_small", "--compare-scratch")
+    assert "--epochs has no effect without --task finetune" in refused(exported, "--epochs", "3")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "is not empty; choose another --out" in refused(exported, "--out", tmp_path / "full")
