@@ -1,8 +1,10 @@
 """The best configurations of two levels after a confirmation: their paired difference on test.
 
-A confirmation covers two levels where it has a completed candidate of each. Of a level the
-candidate with the best mean on val stands for it; test decides nothing before the comparison. Of
-several confirmations the newest that covers both counts. Holm's correction covers all pairs.
+A confirmation covers two levels where it has a completed one of the search's best of each. Of a
+level's, the best on val by the winner's rule stands for it; test decides nothing before the
+comparison. A baseline that is not among the best stands for no level, as others of it may have done
+better in the search. Of several confirmations the newest that covers both counts. Holm's correction
+covers all pairs.
 
 Left out: levels that are whole sweeps or groups of numbers. Confirmations of two sweeps share no
 seeds, and a group has no value that a candidate could have.
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from analysis.confirmation import Gap, best_of, correct_for_all, paired_difference
 from analysis.confirmation_record import Candidate, Confirmation
 from analysis.levels import SWEEP
-from analysis.verdict import amount, p_value
+from analysis.verdict import amount, listed, p_value
 
 if TYPE_CHECKING:
     from analysis.compare import Comparison
@@ -87,7 +89,28 @@ def uncovered(
     rest = f" or {len(lacking) - 3} further pairs" if len(lacking) > 3 else ""
     return (
         f"No confirmation covers {', or '.join(named)}{rest}: none has a trained candidate of "
-        "each, so their best configurations were not compared with fresh seeds and on test."
+        "each among the search's best, so their best configurations were not compared with fresh "
+        f"seeds and on test.{_of_baselines(confirmations, field, lacking)}"
+    )
+
+
+def _of_baselines(
+    confirmations: Sequence[Confirmation], field: str, pairs: Sequence[tuple[str, str]]
+) -> str:
+    """A sentence on levels of which the baseline alone was trained; empty without one."""
+    trained: dict[str, set[bool]] = {}
+    for confirmation in confirmations:
+        for candidate in confirmation.record.candidates:
+            level = level_of(candidate, field)
+            if level is not None and best_of(confirmation, [candidate.name]) is not None:
+                trained.setdefault(level, set()).add(candidate.top)
+    lacking = dict.fromkeys(level for pair in pairs for level in pair)
+    alone = [level for level in lacking if trained.get(level) == {False}]
+    if not alone:
+        return ""
+    return (
+        f" Of {listed(alone)} the baseline alone was trained, which need not be the best of its "
+        "level."
     )
 
 
@@ -112,11 +135,11 @@ def level_name(recorded: Any) -> str:
 
 
 def _by_level(confirmation: Confirmation, field: str) -> dict[str, list[str]]:
-    """Level -> names of its candidates."""
+    """Level -> names of its candidates among the search's best."""
     found: dict[str, list[str]] = {}
     for candidate in confirmation.record.candidates:
         level = level_of(candidate, field)
-        if level is not None:
+        if level is not None and candidate.top:
             found.setdefault(level, []).append(candidate.name)
     return found
 

@@ -79,6 +79,23 @@ def test_what_no_confirmation_covers_is_said() -> None:
     assert "No confirmation covers both <b>a and c" in notes("loss", 2, failed)
 
 
+def test_a_baseline_is_not_the_best_of_its_level() -> None:
+    def compared(top: bool) -> Any:
+        candidates = {name: {"params": {"loss": loss}} for name, loss in LOSSES.items()}
+        candidates["default"]["top"] = top
+        rates = {name: rate for name, rate in RATES.items() if name != "trial 3"}
+        found = confirmation(record(rates, candidates=candidates))
+        return compare([frames()], "loss", confirmations=[found])
+
+    alone = compared(top=False)
+    assert alone["pairs"][0]["confirmed"] is None
+    assert "the best c" not in " ".join(alone["verdict"])
+    notes = " ".join(alone["notes"])
+    assert "No confirmation covers both <b>a and c" in notes
+    assert "Of c the baseline alone was trained, which need not be the best" in notes
+    assert compared(top=True)["pairs"][0]["confirmed"]["second"] == "default"
+
+
 def test_levels_are_named_as_the_comparison_names_them() -> None:
     assert [level_name(each) for each in (0.5, "0.50", 128, True, None, "nt_xent")] == [
         *("0.5", "0.5", "128", "True", "None", "nt_xent")
