@@ -1,9 +1,10 @@
 """A confirmation -> figures with intervals, the winner, paired differences, the search's optimism.
 
-The winner is, of the sweep's best configurations, the one with the best mean of the objective on
-val over the fresh seeds; without an answer from any of them it is the baseline. Test has no part in
-that choice, so that what it says of the winner is not the best of several noisy values. On val it
-is, if of few ones.
+The winner: eligible are the sweep's best configurations with at least two completed seeds, and of
+these those with the most completed seeds; if none has two, those with the most. Of them it is the
+one with the best mean of the objective on val over its seeds, so that one lucky seed does not win.
+Without a completed seed of any of them it is the baseline. Test has no part in that choice, so that
+what it says of the winner is not the best of several noisy values. On val it is, if of few ones.
 
 Candidates share seeds and images, so differences are paired by both: over the seeds that both
 have. Holm's correction covers all pairs of one split.
@@ -214,9 +215,12 @@ def correct_for_all(gaps: list[Gap]) -> None:
 
 
 def best_of(confirmation: Confirmation, names: list[str]) -> str | None:
-    """Of these candidates the one with the best mean of the objective on val."""
-    known = [name for name in names if confirmation.answers(name, confirmation.record.objective)]
-    return max(known, key=lambda name: _on_val(confirmation, name), default=None)
+    """Of those of these candidates with the most completed seeds, the best in the mean on val."""
+    objective = confirmation.record.objective
+    seeds = {name: len(confirmation.answers(name, objective)) for name in names}
+    most = max(seeds.values(), default=0)
+    eligible = [name for name in names if seeds[name] == most > 0]
+    return max(eligible, key=lambda name: _on_val(confirmation, name), default=None)
 
 
 def _on_val(confirmation: Confirmation, name: str) -> float:
@@ -268,13 +272,12 @@ def _figure(correct_RI: NDArray[np.bool_]) -> Figure:
 
 
 def _winner(confirmation: Confirmation, order: list[Candidate]) -> Winner | None:
-    """The first of the best ones, or else of all, that has an answer, and its best training."""
+    """The best of the best ones, or else of all, and its best training."""
     objective = confirmation.record.objective
-    known = [each for each in order if confirmation.answers(each.name, objective)]
-    tops = [each for each in known if each.top]
-    if not known:
+    tops = best_of(confirmation, [each.name for each in order if each.top])
+    name = tops or best_of(confirmation, [each.name for each in order])
+    if name is None:
         return None
-    name = (tops or known)[0].name
     answers, done = confirmation.answers(name, objective), confirmation.trainings(name)
     best = max(answers, key=lambda r: (float(answers[r].mean()), -done[r].number))
     return Winner(candidate=name, trial=done[best].number, repeat=best)

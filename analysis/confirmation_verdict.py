@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from analysis.load import FAILED_STATES
 from analysis.verdict import amount, listed, p_value
 from analysis.words import ENDING_LABELS, format_count
 
@@ -18,6 +19,7 @@ def verdict_of(summary: dict[str, Any]) -> list[str]:
         *_headline(summary),
         *against_baseline(summary),
         *_among_the_best(summary),
+        *_failed_seeds(summary),
         *_optimism(summary),
         *_used_before(summary),
         *_missing(summary),
@@ -53,14 +55,18 @@ def _headline(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{told}."
     name, objective = summary["winner"]["candidate"], summary["objective"]
     row = summary["candidates"][name]
-    tops = [each for each in summary["candidates"].values() if each["top"] and each["completed"]]
+    known = [row for row in summary["candidates"].values() if f"val_{objective}" in row]
+    tops = [each[f"val_{objective}"]["n"] for each in known if each["top"]]
     if not row["top"]:
         yield f"None of the sweep's best configurations was completed, only {name}."
     elif len(tops) > 1:
         figure = row[f"val_{objective}"]
+        alike = tops.count(figure["n"])
+        among = f"the best of {alike}" if alike > 1 else "the only one"
+        those = f"{among} with the most completed seeds" if alike < len(tops) else among
         yield (
-            f"It is the best of {len(tops)} on {format_count(summary['val_images'])} validation "
-            f"images, {figure['mean']:.4f}; test had no part in the choice."
+            f"It is {those} on {format_count(summary['val_images'])} validation images, "
+            f"{figure['mean']:.4f}; test had no part in the choice."
         )
     if row[f"val_{objective}"]["n"] < 2:
         yield (
@@ -117,6 +123,17 @@ def _among_the_best(summary: dict[str, Any]) -> Iterator[str]:
     if open_:
         one = " another of the best" if len(open_) == 1 else " others of the best"
         yield f"It is not told apart from{one}, {listed(open_)}, on test."
+
+
+def _failed_seeds(summary: dict[str, Any]) -> Iterator[str]:
+    """Of each candidate, as one that fails with some seeds is hardly one to be used."""
+    parts = []
+    for name, row in summary["candidates"].items():
+        failed = sum(n for state, n in row["states"].items() if state in FAILED_STATES)
+        if failed:
+            parts.append(f"{name} failed with {failed} of {row['wanted']} seeds")
+    if parts:
+        yield f"{capitalised(listed(parts))}."
 
 
 def _optimism(summary: dict[str, Any]) -> Iterator[str]:

@@ -1,7 +1,10 @@
 """What a confirmation found, from its journal: the record for MLflow, and the winner to be used.
 
-The winner is the candidate with the best mean of the objective on val over the fresh seeds, of
-the sweep's best ones; test has no part in the choice. The statistics are `analysis.confirmation`'s.
+The winner: eligible are the sweep's best configurations with at least two completed seeds, and of
+these those with the most completed seeds; if none has two, those with the most. Of them it is the
+one with the best mean of the objective on val over its seeds, so that one lucky seed does not win.
+Without a completed seed of any of them it is the baseline. Test has no part in that choice. The
+statistics are `analysis.confirmation`'s.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from search.journal import FILE_NAME, load_state
 from search.state import SweepState, TrialState
 
 ARTIFACT = "confirmation.json"
+LEAST_SEEDS = 2
+"""Completed ones of a winner that is confirmed."""
 
 
 @dataclass(frozen=True)
@@ -42,38 +47,61 @@ def confirmations(sweep_dir: Path) -> dict[int, Path]:
 
 
 def confirmed_winner(sweep_dir: Path) -> ConfirmedModel | None:
-    """Of a sweep's latest finished confirmation; None if there is none, or nothing came of it."""
+    """Of a sweep's latest finished confirmation; None if there is none, or nothing came of it.
+
+    Nothing came of one whose winner has fewer than two completed seeds.
+    """
     for directory in reversed(confirmations(sweep_dir).values()):
         state = load_state(directory / FILE_NAME)
         config = SweepConfig.model_validate(state.header["config"])
         if state.ended is None or state.ended["state"] != "finished" or not config.confirmation:
             continue
-        best = winner(state, config)
-        if best is None:
-            continue
-        record = to_record(state, config.confirmation)
-        return ConfirmedModel(directory, best.number, str(best.params["candidate"]), record)
+        found = confirmed_model(directory, state, config)
+        if found is not None:
+            return found
     return None
 
 
-def winner(state: SweepState, config: SweepConfig) -> TrialState | None:
-    """The best trial on val of the winning candidate, that which is best in the mean of its seeds.
-
-    Without one among the sweep's best, the baseline wins.
-    """
+def confirmed_model(
+    directory: Path, state: SweepState, config: SweepConfig
+) -> ConfirmedModel | None:
+    """A confirmation's winner; None without one, and with fewer than two completed seeds of it."""
     assert config.confirmation is not None
-    values: dict[str, list[tuple[float, TrialState]]] = {}
-    for trial in state.trials.values():
-        value = trial.value(config.objective)
-        if trial.state == "completed" and value is not None:
-            score = score_of(value, config.mode)
-            values.setdefault(str(trial.params["candidate"]), []).append((score, trial))
+    best = winner(state, config)
+    if best is None:
+        return None
+    candidate = str(best.params["candidate"])
+    if len(_completed(state, config)[candidate]) < LEAST_SEEDS:
+        return None
+    record = to_record(state, config.confirmation)
+    return ConfirmedModel(directory, best.number, candidate, record)
+
+
+def winner(state: SweepState, config: SweepConfig) -> TrialState | None:
+    """The best trial on val of the winning candidate; see above for which that is."""
+    assert config.confirmation is not None
+    completed = _completed(state, config)
     tops = [each.name for each in config.confirmation.candidates if each.top]
-    names = [name for name in tops if name in values] or list(values)
+    names = [name for name in tops if name in completed] or list(completed)
     if not names:
         return None
-    best = max(names, key=lambda name: fmean(score for score, _ in values[name]))
-    return max(values[best], key=lambda each: (each[0], -each[1].number))[1]
+    most = max(len(completed[name]) for name in names)
+    eligible = [name for name in names if len(completed[name]) == most]
+    best = max(eligible, key=lambda name: fmean(score for score, _ in completed[name].values()))
+    return max(completed[best].values(), key=lambda each: (each[0], -each[1].number))[1]
+
+
+def _completed(
+    state: SweepState, config: SweepConfig
+) -> dict[str, dict[int, tuple[float, TrialState]]]:
+    """Candidate -> repeat -> the objective, as a score, of the completed trial, and that trial."""
+    found: dict[str, dict[int, tuple[float, TrialState]]] = {}
+    for _, trial in sorted(state.trials.items()):
+        value = trial.value(config.objective)
+        if trial.state == "completed" and value is not None:
+            seeds = found.setdefault(str(trial.params["candidate"]), {})
+            seeds[int(trial.params["repeat"])] = (score_of(value, config.mode), trial)
+    return found
 
 
 def to_record(state: SweepState, confirmation: Confirmation) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from search.candidates import Wish, plan_confirmation
 from search.config import SHARED_FIELDS, SweepConfig
 from search.confirmation import ConfirmationSpace, packed, title, unpacked
-from search.confirmed import confirmed_winner, to_record, winner
+from search.confirmed import confirmed_model, confirmed_winner, to_record, winner
 from search.journal import FILE_NAME, Journal, load_state
 from search.plan import make_plan
 from search.points import grid
@@ -280,3 +280,48 @@ def test_a_killed_confirmation_goes_on_and_tells_all(tmp_path: Path) -> None:
     assert best is not None
     assert (model.directory, model.trial) == (confirming.dir, best.number)
     assert told["winner"]["trial"] == best.number
+
+
+# --- which candidate wins
+
+
+def judged(
+    config: SweepConfig, values: dict[str, list[float | None]], header: dict[str, object]
+) -> SweepState:
+    """A confirmation's trials, a candidate's value for each seed; None: it diverged."""
+    state, numbers = SweepState(header=header), iter(range(99))
+    for name, of_seeds in values.items():
+        for repeat, value in enumerate(of_seeds):
+            params = {"candidate": name, "repeat": repeat}
+            trial = TrialState(next(numbers), params, {}, {}, {}, False, 0.0)
+            trial.state = "diverged" if value is None else "completed"
+            if value is not None:
+                trial.reports[1] = {"metrics": {"knn_top1": value}}
+            state.trials[trial.number] = trial
+    return state
+
+
+def test_one_lucky_seed_does_not_win(swept: Sweep) -> None:
+    config = plan_confirmation(swept, Wish(top=2, seeds=3)).config
+    header = load_state(swept.dir / FILE_NAME).header | {"config": config.model_dump()}
+    assert config.confirmation is not None
+    first, second, base = (each.name for each in config.confirmation.candidates)
+
+    def wins(values: dict[str, list[float | None]]) -> tuple[str | None, bool]:
+        state = judged(config, values, header)
+        best = winner(state, config)
+        is_confirmed = confirmed_model(swept.dir, state, config) is not None
+        return None if best is None else str(best.params["candidate"]), is_confirmed
+
+    lucky = {first: [0.5, 0.6, 0.5], second: [None, 0.9, None], base: [0.95, 0.95, 0.95]}
+    assert wins(lucky) == (first, True)
+    state = judged(config, lucky, header)
+    best = winner(state, config)
+    assert best is not None
+    assert best.params["repeat"] == 1
+    assert wins({**lucky, second: [0.6, 0.7, 0.5]}) == (second, True)
+    assert wins({**lucky, first: [0.5, 0.6, None], second: [0.9, None, None]}) == (first, True)
+    assert wins({**lucky, first: [0.5, None, None]}) == (second, False)
+    none: list[float | None] = [None] * 3
+    assert wins({**lucky, first: none, second: none}) == (base, True)
+    assert wins(dict.fromkeys((first, second, base), none)) == (None, False)

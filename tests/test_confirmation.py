@@ -171,6 +171,25 @@ def test_failed_and_missing_trainings_are_told_and_only_common_seeds_compared() 
     assert gaps["trial 5", "trial 7"]["n"] == 4
     text = " ".join(summary["verdict"])
     assert "3 of 15 trainings are missing (1 diverged, 2 not begun)" in text
+    assert "Trial 5 failed with 1 of 5 seeds." in text
+
+
+def test_one_lucky_seed_does_not_win() -> None:
+    rates = {"trial 1": 0.6, "trial 2": 0.8, "trial 3": 0.55, "default": 0.4}
+    failed = [("trial 2", repeat) for repeat in range(1, 5)]
+    summary = summarise_confirmation(confirmation(record(rates, failed=failed)))
+    assert next(iter(summary["candidates"])) == "trial 2"
+    assert summary["winner"]["candidate"] == "trial 1"
+    text = " ".join(summary["verdict"])
+    assert "It is the best of 2 with the most completed seeds on 300 validation images" in text
+    assert "Trial 2 failed with 4 of 5 seeds." in text
+    failed += [("trial 3", 0), ("trial 1", 0), ("trial 1", 1)]
+    summary = summarise_confirmation(confirmation(record(rates, failed=failed)))
+    assert summary["winner"]["candidate"] == "trial 3"
+    text = " ".join(summary["verdict"])
+    assert "It is the only one with the most completed seeds on 300 validation images" in text
+    lone = record(rates, 1, failed=[("trial 3", 0)])  # where none has two
+    assert summarise_confirmation(confirmation(lone))["winner"]["candidate"] == "trial 2"
 
 
 def test_one_seed_has_no_interval_and_none_no_winner() -> None:
