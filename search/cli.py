@@ -215,13 +215,14 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on with a sweep that was interrupted, or extend a finished one."""
+    from search.folders import folder_for
     from search.mirror import fetch_sweep, is_mirror
     from search.run import Sweep
     from search.storage import is_bucket
 
     folder = Path(directory)
     if is_bucket(directory) or is_mirror(folder):
-        folder = fetch_sweep(directory, out or Path("runs"))
+        folder = fetch_sweep(directory, folder_for(directory, out or Path("runs")))
     elif out is not None:
         raise ValueError(f"{directory} is a sweep's own folder; --out is for one from a storage")
 

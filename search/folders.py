@@ -7,8 +7,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from search.config import SweepConfig
+from search.confirmation import FOLDER
 from search.journal import FILE_NAME
 from search.locks import LOCK_NAME
+from search.mirror import EVENTS
 from search.storage import Folder, Storage, joined, storage_at
 
 
@@ -33,3 +35,22 @@ def is_running(directory: Path) -> bool:
             return False
     except Timeout:
         return True
+
+
+def folder_for(place: str, out: Path) -> Path:
+    """The folder below which a sweep from a storage belongs: a confirmation's is its sweep's own.
+
+    ValueError if that is not there yet.
+    """
+    parent, _, name = place.rstrip("/").rpartition("/")
+    above, _, sweep = parent.rpartition("/")
+    # in a bucket's root, or beside other sweeps, it is a sweep of that name
+    if not name.startswith(FOLDER) or above.endswith("/") or not storage_at(parent).sizes(EVENTS):
+        return out
+    folder = out / sweep
+    if not (folder / FILE_NAME).is_file():
+        raise ValueError(
+            f"{place} is a confirmation, whose sweep is not in {folder}; bring that first by "
+            f"'contrasweep resume {parent}'"
+        )
+    return folder

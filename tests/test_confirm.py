@@ -15,6 +15,7 @@ from search.candidates import Wish, plan_confirmation
 from search.config import SHARED_FIELDS, SweepConfig
 from search.confirmation import ConfirmationSpace, packed, title, unpacked
 from search.confirmed import confirmed_model, confirmed_winner, to_record, winner
+from search.folders import folder_for
 from search.journal import FILE_NAME, Journal, load_state
 from search.plan import make_plan
 from search.points import grid
@@ -218,6 +219,21 @@ def test_other_data_than_the_sweeps_are_refused(swept: Sweep) -> None:
     config = plan_confirmation(swept, Wish(top=1)).config
     with pytest.raises(ValueError, match="data set digits has changed since the sweep swept began"):
         make_plan(config)
+
+
+def test_one_from_a_storage_comes_below_its_sweep(tmp_path: Path) -> None:
+    place, out = tmp_path / "store" / "swept" / "confirm-1", tmp_path / "runs"
+    (place / "events").mkdir(parents=True)
+    assert folder_for(str(place), out) == out  # a sweep of that name in a folder of sweeps
+    (place.parent / "events").mkdir()
+    (place.parent / "events" / "000000000000000.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"whose sweep is not in .*swept; bring that first by"):
+        folder_for(str(place), out)
+    (out / "swept").mkdir(parents=True)
+    (out / "swept" / FILE_NAME).write_text("")
+    assert folder_for(str(place), out) == out / "swept"
+    assert folder_for(str(place.parent), out) == out
+    assert folder_for("s3://bucket/confirm-1", out) == out
 
 
 # --- the real thing
