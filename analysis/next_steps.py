@@ -19,8 +19,7 @@ from scipy.stats import binom, hypergeom, mannwhitneyu, spearmanr
 
 from analysis.confirmation_verdict import capitalised
 from analysis.load import FAILED_STATES, SweepFrames, SweepInfo
-from analysis.summary import Sureness, joined
-from analysis.tables import is_accuracy
+from analysis.summary import Sureness, can_confirm, joined
 from analysis.words import ENDING_LABELS, format_count, format_value
 
 MOST = 4
@@ -31,10 +30,6 @@ LEAST_FOR_ORDER = 20
 LEAST_FAILED = 3
 UNSTOPPED_SAMPLERS = ("gp", "nsga2")
 """Samplers that learn from whole trials alone, so that no scheduler goes with them."""
-CONFIRMATION = "confirm"
-"""The space of a confirmation."""
-JUDGE = "knn_top1"
-"""What a confirmation is decided by where the objective needs no labels."""
 LEVEL = 0.05
 """Chance of a false advice on ranges, and on where trials fail, in the whole sweep."""
 
@@ -171,10 +166,11 @@ def _confirm(
 ) -> Iterator[Step]:
     """The winner's value is the best of several noisy ones; a confirmed one can be used."""
     info, alike = frames.info, sure["alike"] or 0
-    if info["space"] == CONFIRMATION:
+    if not can_confirm(frames):
         return
     if confirmed is not None:
-        if confirmed["result"] != "worse":
+        # with one seed of the winner, nothing is confirmed, and the search's best is exported
+        if confirmed["result"] != "worse" and confirmed["figure"]["n"] > 1:
             yield Step(
                 action="Export the confirmed encoder.",
                 command=command("export", info),
@@ -183,8 +179,7 @@ def _confirm(
                 weight=50.0,
             )
         return
-    labelled = is_accuracy(info["objective"]) or JUDGE in frames.last
-    if info["state"] == "running" or sure["completed"] < 2 or not labelled:
+    if info["state"] == "running" or sure["completed"] < 2:
         return
     top = min(alike + 1, 5) if alike >= 2 else min(3, sure["completed"])
     reason = (

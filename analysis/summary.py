@@ -29,6 +29,12 @@ from analysis.tables import (
 )
 from analysis.words import ENDING_LABELS, format_count
 
+CONFIRMATION = "confirm"
+"""The space of a confirmation."""
+JUDGE = "knn_top1"
+"""What a confirmation is decided by where the objective needs no labels."""
+OF_ADAPTATION = ("top1", "balanced_top1")
+"""Objectives of sweeps that adapt an encoder, which are not confirmed."""
 Z = 2.0
 """Standard errors of a difference below which two trials are not told apart."""
 
@@ -44,6 +50,7 @@ class Sureness(TypedDict):
     gain: Literal["clear", "noise"] | None  # over the default, also of one below zero
     gain_errors: float | None  # the gain in standard errors of a difference; negative: worse
     audited: int | None  # images at which the winner would have been stopped
+    can_confirm: bool
 
 
 def sureness(frames: SweepFrames, summary: Summary) -> Sureness:
@@ -66,6 +73,7 @@ def sureness(frames: SweepFrames, summary: Summary) -> Sureness:
         else "clear",
         gain_errors=gain_errors,
         audited=None if audited is None or pd.isna(audited) else int(audited),
+        can_confirm=can_confirm(frames),
     )
     if winner is None or winner["standard_error"] is None or info["val_images"] is None:
         return sure
@@ -83,6 +91,19 @@ def sureness(frames: SweepFrames, summary: Summary) -> Sureness:
     if others:
         sure["optimism"] = winner["standard_error"] * expected_maximum(len(others) + 1)
     return sure
+
+
+def can_confirm(frames: SweepFrames) -> bool:
+    """Whether `contrasweep confirm` takes a sweep like this; else it is not to be advised.
+
+    It takes neither a confirmation nor a sweep of adaptations, and one without labels cannot be
+    judged: no trial of it has the accuracy that decides.
+    """
+    info, last = frames.info, frames.last
+    if info["space"] == CONFIRMATION or info["objective"] in OF_ADAPTATION:
+        return False
+    values = frames.trials["objective"] if is_accuracy(info["objective"]) else last.get(JUDGE)
+    return values is not None and bool(values.notna().any())
 
 
 def _errors_of_a_best(n: int) -> float:

@@ -5,20 +5,25 @@ Each rule of the advice is shown a sweep where it must speak and one where it mu
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna.distributions as d
+import pandas as pd
 import pytest
 
 from analysis.cost import cost_of
 from analysis.frames import SweepFrames
 from analysis.next_steps import next_steps
+from analysis.report import write_report
 from analysis.summary import Sureness, expected_maximum, joined, sureness
 from analysis.tables import summarise
 from analysis.words import format_setting
 from tests.built_sweeps import LR, built
+from tests.pages import Markup
 
 FLAT = [0.5, 0.8, 0.95, 1.0, 1.0, 1.0, 1.0, 1.0]
 
@@ -161,6 +166,37 @@ def test_alike_trials_are_to_be_run_again() -> None:
     assert "cannot be told apart" not in apart
     assert "Confirm" not in advice(built(distinct(12), state="running"))
     assert "Confirm" not in advice(built(distinct(12), objective="rankme"))
+
+
+def test_no_confirmation_is_advised_that_would_be_refused(tmp_path: Path) -> None:
+    def offered(judged: float | None = None, page: bool = False, **info: Any) -> bool:
+        frames = built([0.80, 0.795, 0.79, 0.785, *distinct(20, 0.2, 0.5)], **info)
+        if judged is not None:
+            frames = dataclasses.replace(
+                frames, last=pd.DataFrame({"knn_top1": judged}, index=frames.trials["number"])
+            )
+        steps = "contrasweep confirm runs/built" in advice(frames)
+        if page:
+            text = Markup(write_report(frames, tmp_path).read_text("utf-8")).text
+            assert ("contrasweep confirm" in text) == steps
+            assert "reruns with fresh seeds tell how much of it holds" in text
+        return steps
+
+    assert offered(page=True)
+    assert offered(0.5, objective="rankme")
+    assert not offered(math.nan, objective="rankme")
+    assert not offered(objective="rankme", page=True)
+    assert not offered(objective="balanced_top1")
+    assert not offered(space="confirm")
+    assert not offered(state="running", page=True)
+
+
+def test_a_winner_of_one_seed_is_not_to_be_exported_as_confirmed() -> None:
+    frames = built(distinct(12))
+    for seeds, count in ((1, 0), (2, 1)):
+        head = {"result": "undecided", "candidate": "trial 0", "figure": {"n": seeds}}
+        steps = next_steps(frames, sure_of(frames), 9, confirmed=head)
+        assert sum("Export the confirmed" in step["action"] for step in steps) == count
 
 
 def test_failures_are_told_with_where_they_are() -> None:
