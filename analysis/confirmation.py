@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Any, Literal, TypedDict
 
@@ -68,7 +68,10 @@ class Figure(TypedDict):
 
 
 class Gap(TypedDict):
-    """A paired difference in the objective; positive: `first` is better."""
+    """A paired difference in the objective; positive: `first` is better.
+
+    The interval is of this pair alone; `p_holm`, `result` and `seeds_needed` are corrected for all.
+    """
 
     first: str
     second: str
@@ -175,15 +178,18 @@ def confirmation_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 def paired_difference(
     confirmation: Confirmation, first: str, second: str, split: Split
-) -> Gap | None:
-    """`first` against `second` in the objective; None without a common seed."""
+) -> tuple[Gap, Difference] | None:
+    """`first` against `second` in the objective; None without a common seed.
+
+    What depends on the other pairs is entered by `correct_for_all`.
+    """
     found = _difference(confirmation, first, second, split)
     if found is None:
         return None
     known = found.covers_seeds
     kind: Literal["baseline", "top"]
     kind = "baseline" if confirmation.candidate(second).baseline else "top"
-    return Gap(
+    gap = Gap(
         first=first,
         second=second,
         kind=kind,
@@ -197,21 +203,22 @@ def paired_difference(
         p=found.p if known else None,
         p_holm=None,
         result="undecided" if known else "untested",
-        seeds_needed=seeds_needed(found),
+        seeds_needed=None,
     )
+    return gap, found
 
 
-def correct_for_all(gaps: list[Gap]) -> None:
-    """Enter Holm's p (1979) over these pairs, and the result that it gives."""
-    tested = sorted((gap for gap in gaps if gap["p"] is not None), key=lambda gap: gap["p"] or 0.0)
+def correct_for_all(pairs: Sequence[tuple[Gap, Difference]]) -> None:
+    """Enter Holm's p (1979) over these pairs, the result that it gives, and the seeds needed."""
+    tested = sorted((pair for pair in pairs if pair[1].covers_seeds), key=lambda pair: pair[1].p)
     largest = 0.0
-    for place, gap in enumerate(tested):
-        assert gap["p"] is not None
-        largest = max(largest, min(1.0, (len(tested) - place) * gap["p"]))
+    for place, (gap, found) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - place) * found.p))
         gap["p_holm"] = largest
         if largest <= ALPHA:
             gap["result"] = "better" if gap["mean"] > 0 else "worse"
-            gap["seeds_needed"] = None
+        else:
+            gap["seeds_needed"] = seeds_needed(found, level=1 - ALPHA / len(tested))
 
 
 def best_of(confirmation: Confirmation, names: list[str]) -> str | None:
@@ -291,12 +298,12 @@ def _differences(
     splits: tuple[Split, ...] = ("test", "val")
     for split in splits:
         found = [
-            gap
+            pair
             for first, second in _pairs(order, winner)
-            if (gap := paired_difference(confirmation, first, second, split)) is not None
+            if (pair := paired_difference(confirmation, first, second, split)) is not None
         ]
         correct_for_all(found)
-        gaps += found
+        gaps += [gap for gap, _ in found]
     return gaps
 
 

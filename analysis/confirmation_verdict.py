@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from analysis.crossed import most_seeds
 from analysis.load import FAILED_STATES
 from analysis.verdict import amount, listed, p_value
 from analysis.words import ENDING_LABELS, format_count
@@ -237,8 +238,8 @@ def _needed(gap: dict[str, Any]) -> str:
         return ""
     if gap["seeds_needed"] is None:
         return (
-            f" With {format_count(gap['images'])} test images, not even 50 seeds would tell so "
-            "small a difference."
+            f" With {format_count(gap['images'])} test images, not even {most_seeds(gap['n'])} "
+            "seeds would tell so small a difference."
         )
     return f" About {gap['seeds_needed']} seeds of each would tell, if the difference is real."
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from analysis.confirmation import Gap, best_of, correct_for_all, paired_difference
 from analysis.confirmation_record import Candidate, Confirmation
+from analysis.crossed import Difference, most_seeds
 from analysis.levels import SWEEP
 from analysis.verdict import amount, listed, p_value
 
@@ -54,12 +55,13 @@ def confirmed_pairs(
     """Of each pair of levels, by their names; None where no confirmation covers both."""
     newest = sorted(confirmations, key=lambda each: each.start, reverse=True)
     levels = [(each, _by_level(each, field)) for each in newest]
-    found = [_confirmed(levels, first, second) for first, second in pairs]
-    tested = [each["difference"] for each in found if each is not None]
+    covered = [_confirmed(levels, first, second) for first, second in pairs]
+    tested = [(pair[0]["difference"], pair[1]) for pair in covered if pair is not None]
     correct_for_all(tested)
+    count = sum(difference.covers_seeds for _, difference in tested)
+    found = [None if pair is None else pair[0] for pair in covered]
     for each, (first, second) in zip(found, pairs, strict=True):
         if each is not None:
-            count = sum(gap["p"] is not None for gap in tested)
             each["text"] = _text(each, first, second, count)
     return found
 
@@ -146,14 +148,16 @@ def _by_level(confirmation: Confirmation, field: str) -> dict[str, list[str]]:
 
 def _confirmed(
     levels: Sequence[tuple[Confirmation, dict[str, list[str]]]], first: str, second: str
-) -> Confirmed | None:
+) -> tuple[Confirmed, Difference] | None:
+    """`text` is still to be written, once the differences are corrected for all pairs."""
     for confirmation, names in levels:
         ours, theirs = (best_of(confirmation, names.get(level, [])) for level in (first, second))
         if ours is None or theirs is None:
             continue
-        gap = paired_difference(confirmation, ours, theirs, "test")
-        if gap is not None:
-            return Confirmed(
+        compared = paired_difference(confirmation, ours, theirs, "test")
+        if compared is not None:
+            gap, difference = compared
+            confirmed = Confirmed(
                 confirmation=confirmation.name,
                 ordinal=confirmation.ordinal,
                 objective=confirmation.record.objective,
@@ -162,6 +166,7 @@ def _confirmed(
                 difference=gap,
                 text="",
             )
+            return confirmed, difference
     return None
 
 
@@ -187,7 +192,13 @@ def _text(found: Confirmed, first: str, second: str, pairs: int) -> str:
         return f"Confirmed {where}: {told}{again}"
     side = "ahead" if gap["mean"] >= 0 else "behind"
     needed = gap["seeds_needed"]
-    more = f" About {needed} seeds of each would tell, if it is real." if needed else ""
+    more = (
+        f" About {needed} seeds of each would tell, if it is real."
+        if needed
+        else f" Not even {most_seeds(gap['n'])} seeds of each would tell so small a difference."
+        if gap["mean"]
+        else ""
+    )
     return (
         f"Confirmed {where}: {ours} and {theirs} are not told apart, the first {size} {side} "
         f"({inside}).{more}{again}"

@@ -37,7 +37,7 @@ Array = NDArray[Any]
 LEVEL = 0.95
 POWER = 0.8
 MOST_SEEDS = 50
-"""More than so many is all that is said of the seeds that would be needed."""
+"""More than so many, or than twice those that there are, is all that is said of what is needed."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,15 @@ def seeds_interval(values_R: ArrayLike, level: float = LEVEL) -> SeedsInterval:
 def seeds_needed(found: Difference, level: float = LEVEL) -> int | None:
     """Seeds of each side that would show this difference with 80 % power, were it real.
 
-    None where more seeds do not help, because the images tell no more apart, and where MOST_SEEDS
-    would not be enough; needs two seeds at least.
+    None where more seeds do not help, because the images tell no more apart, and where
+    `most_seeds` would not be enough; needs two seeds at least. Of one of several pairs, `level` is
+    that of each (1 - alpha / pairs: Bonferroni's, which Holm's correction asks for at most).
     """
+    _check_level(level)
     if not found.mean or not found.covers_seeds:
         return None
     power = float(ndtri(POWER))
-    for seeds in range(found.seeds + 1, MOST_SEEDS + 1):
+    for seeds in range(found.seeds + 1, most_seeds(found.seeds) + 1):
         of_seeds = math.sqrt(found.parts.seeds * found.seeds / seeds)
         own = _quantile(seeds - 1, (1 + level) / 2) * of_seeds
         images = _quantile(found.images - 1, (1 + level) / 2) * math.sqrt(found.parts.images)
@@ -177,6 +179,11 @@ def seeds_needed(found: Difference, level: float = LEVEL) -> int | None:
         ):
             return seeds
     return None
+
+
+def most_seeds(seeds: int) -> int:
+    """How many `seeds_needed` looks at, where there are so many."""
+    return max(MOST_SEEDS, 2 * seeds)
 
 
 def wilson(mean: float, n: float, tail: float) -> tuple[float, float]:

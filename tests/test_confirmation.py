@@ -20,6 +20,7 @@ from analysis.confirmation import (
     summarise_confirmation,
 )
 from analysis.confirmation_record import ARTIFACT, MAX_BYTES, SweepConfirmations, parse_record
+from analysis.crossed import difference_interval, seeds_needed
 from analysis.load import load_sweep
 from analysis.report import write_report
 from tests.browser import Browser, find_chromium
@@ -158,6 +159,30 @@ def test_holms_p_grows_with_the_pairs_and_many_candidates_meet_the_winner_alone(
         assert gap["p_holm"] >= gap["p"]
     assert len(on_test(3)) == 3 + 3
     assert len(on_test(10)) == 10 + 9
+
+
+def test_seeds_that_would_tell_are_enough_after_the_correction() -> None:
+    rates = {f"trial {i}": 0.6 - i / 100 for i in range(1, 6)} | {"default": 0.56}
+    content = record(rates, 5, noise=0.03)
+    summary = summarise_confirmation(confirmation(content))
+    gaps = [gap for gap in summary["differences"] if gap["split"] == "test"]
+    asked = [gap for gap in gaps if gap["seeds_needed"]]
+    assert asked
+    assert {gap["result"] for gap in asked} == {"undecided"}
+    for gap in asked:
+        first, second = (
+            np.stack(list(confirmation(content).answers(gap[side], "test_knn_top1").values()))
+            for side in ("first", "second")
+        )
+        alone = difference_interval(first, second)
+        assert gap["seeds_needed"] == seeds_needed(alone, level=1 - 0.05 / len(gaps))
+        assert gap["seeds_needed"] > (seeds_needed(alone) or 0)
+    equal = summarise_confirmation(
+        confirmation(
+            exactly({"trial 5": ([99] * 30, [180, 181] * 15), "default": ([9] * 30, [180] * 30)})
+        )
+    )
+    assert "not even 60 seeds would tell so small a difference" in " ".join(equal["verdict"])
 
 
 def test_failed_and_missing_trainings_are_told_and_only_common_seeds_compared() -> None:

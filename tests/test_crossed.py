@@ -12,6 +12,7 @@ from scipy.stats import norm
 from analysis.crossed import (
     difference_interval,
     mean_interval,
+    most_seeds,
     seeds_interval,
     seeds_needed,
     wilson,
@@ -175,6 +176,9 @@ def test_more_seeds_help_against_seeds_and_not_against_few_images() -> None:
     needed = seeds_needed(by_seeds)
     assert needed is not None
     assert needed > 3
+    of_ten_pairs = seeds_needed(by_seeds, level=1 - 0.05 / 10)
+    assert of_ten_pairs is None or of_ten_pairs > needed
+    assert [most_seeds(seeds) for seeds in (5, 25, 60)] == [50, 50, 120]
     assert seeds_needed(difference_interval(noisy[0][:1], noisy[1][:1])) is None
 
 
