@@ -332,7 +332,7 @@ def _difference(
 
 
 def _optimism(confirmation: Confirmation, order: list[Candidate]) -> dict[str, Optimism]:
-    """Of each candidate that was searched; none where trainings had another length there."""
+    """Of each candidate that was searched; none if trainings there were not known to be as long."""
     if not confirmation.as_long:
         return {}
     found = {}

@@ -50,6 +50,7 @@ TEST = "test_"
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Number = Annotated[int, Field(ge=0, lt=1 << 31)]
 Images = Annotated[int, Field(gt=0, le=MOST_IMAGES)]
+Resource = Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
 class _Content(BaseModel):
@@ -85,6 +86,8 @@ class Record(_Content):
     objective: Probe
     mode: Literal["max"]
     epochs: float = Field(gt=0)
+    searched_images: Resource | None = None
+    total_images: Resource | None = None
     ordinal: int = Field(ge=1)
     seeds: list[int] = Field(min_length=1, max_length=MOST_SEEDS)
     val_images: Images
@@ -136,10 +139,11 @@ class Confirmation:
         return self.record.ordinal
 
     @property
-    def as_long(self) -> bool:
-        """Whether trainings here were as long as in the search, as far as is known."""
-        lengths = (self.searched_images, self.total_images)
-        return None in lengths or lengths[0] == lengths[1]
+    def as_long(self) -> bool | None:
+        """Whether trainings here were as long as in the search; None where it is not known."""
+        if self.searched_images is None or self.total_images is None:
+            return None
+        return self.searched_images == self.total_images
 
     def candidate(self, name: str) -> Candidate:
         return next(each for each in self.record.candidates if each.name == name)
@@ -248,7 +252,7 @@ def _runs(client: Any, sweep_id: str) -> tuple[list[Any], bool]:
 
 
 def _searched_images(client: Any, runs: list[Any]) -> int | None:
-    """The full resource of the sweep's own trials, in images."""
+    """The full resource of the sweep's own trials, in images, for records that lack it."""
     parent = next((run.data.tags.get("mlflow.parentRunId") for run in runs), None)
     if parent is None:
         return None
@@ -288,8 +292,8 @@ def _confirmation(run: Any, name: str, record: Record, searched: int | None) -> 
         state=tags.get(TAG + "state", "interrupted"),
         start=pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
         record=record,
-        searched_images=searched,
-        total_images=_whole(tags, "total_images"),
+        searched_images=record.searched_images or searched,
+        total_images=record.total_images or _whole(tags, "total_images"),
     )
 
 

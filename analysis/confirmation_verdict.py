@@ -144,7 +144,12 @@ def _optimism(summary: dict[str, Any]) -> Iterator[str]:
         return
     found = summary["optimism"].get(name)
     if found is None:
-        if not summary["as_long_as_searched"]:
+        if summary["as_long_as_searched"] is None:
+            yield (
+                "How long the search's trainings were is not known, so that its values cannot be "
+                "held against these."
+            )
+        elif not summary["as_long_as_searched"]:
             yield (
                 f"These trainings are of another length than the search's ({summary['epochs']:g} "
                 "epochs), so that its values cannot be held against them."

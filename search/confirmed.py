@@ -115,6 +115,9 @@ def to_record(state: SweepState, confirmation: Confirmation) -> dict[str, Any]:
         "objective": config["objective"],
         "mode": state.header["mode"],
         "epochs": config["epochs"],
+        # the full resource, in images, of the search's trials (None: not known) and of these
+        "searched_images": confirmation.searched_images,
+        "total_images": state.header["total_images"],
         "seeds": list(confirmation.seeds),
         "val_images": data["val"],
         "test_images": data["test"],

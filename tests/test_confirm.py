@@ -329,6 +329,9 @@ def test_one_lucky_seed_does_not_win(swept: Sweep) -> None:
         is_confirmed = confirmed_model(swept.dir, state, config) is not None
         return None if best is None else str(best.params["candidate"]), is_confirmed
 
+    record = to_record(judged(config, {first: [0.5]}, header), config.confirmation)
+    assert record["searched_images"] == record["total_images"] == header["total_images"]
+
     lucky = {first: [0.5, 0.6, 0.5], second: [None, 0.9, None], base: [0.95, 0.95, 0.95]}
     assert wins(lucky) == (first, True)
     state = judged(config, lucky, header)

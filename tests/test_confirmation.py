@@ -106,18 +106,24 @@ def test_the_linear_probe_judges_where_the_sweep_did() -> None:
 def test_optimism_has_the_seeds_interval_and_needs_equal_lengths() -> None:
     counts = {"trial 5": ([180, 186, 192], [200] * 3), "default": ([120] * 3, [130] * 3)}
     content = exactly(counts, candidates={"trial 5": {"searched_value": 0.75}})
-    found = summarise_confirmation(confirmation(content))["optimism"]
+    equal = {"searched_images": 4_000, "total_images": 4_000}
+    found = summarise_confirmation(confirmation(content, **equal))["optimism"]
     assert list(found) == ["trial 5"]
     assert found["trial 5"]["value"] == pytest.approx(0.75 - 0.62)
     assert found["trial 5"]["high"] == pytest.approx(0.13 + 4.3027 * 0.02 / 3**0.5, abs=1e-4)
-    assert "0.7500 on val, was 13.0 points above the fresh seeds, so optimistic" in told(content)
+    assert "0.7500 on val, was 13.0 points above the fresh seeds, so optimistic" in told(
+        content, **equal
+    )
     content["candidates"][0]["searched_value"] = 0.63
     assert "is not contradicted by the fresh seeds: it is 1.0 points above them (their" in told(
-        content
+        content, **equal
     )
     longer = {"searched_images": 4_000, "total_images": 8_000}
     assert summarise_confirmation(confirmation(content, **longer))["optimism"] == {}
     assert "of another length than the search's" in told(content, **longer)
+    unknown = {"searched_images": None, "total_images": 4_000}
+    assert summarise_confirmation(confirmation(content, **unknown))["optimism"] == {}
+    assert "How long the search's trainings were is not known" in told(content, **unknown)
 
 
 # ---- differences and what is told
@@ -259,6 +265,7 @@ def test_what_is_damaged_is_refused_in_one_line() -> None:
         ({"candidates": bases}, "more than one baseline"),
         ({"test_images": 400}, "45 bytes are not the answers to 400 images"),
         ({"val_images": 10**9}, "val_images"),
+        ({"searched_images": -1}, "searched_images"),
         (with_trial(candidate="other"), "of no candidate"),
         (with_trial(repeat=9), "has repeat 9"),
         (with_trial(correct={"knn_top1": "!!"}), "must be base64"),
@@ -310,12 +317,17 @@ def test_confirmations_are_read_newest_first_and_the_broken_left_out_with_a_note
     recorded(store, "s", parent, record(CLEAR, 2), sweep="x/confirm-1", total_images="4000")
     second = record(CLEAR, 2, ordinal=2)
     recorded(store, "s", parent, second, sweep="x/confirm-2", total_images="8000")
+    itself = {"searched_images": 8_000, "total_images": 8_000}  # comes before what the tags say
+    third = record(CLEAR, 2, ordinal=3, **itself)
+    recorded(store, "s", parent, third, sweep="x/confirm-5", total_images="4000")
+    recorded(store, "s", parent, record(CLEAR, 2, ordinal=4), sweep="x/confirm-6")
     recorded(store, "s", parent, "{", sweep="x/confirm-3")
     recorded(store, "s", parent, None, sweep="x/confirm-4", state="running")
     recorded(store, "other", parent, record(CLEAR, 2), sweep="y/confirm-1")
     found = read_confirmations(uri, "s")
-    assert [each.name for each in found.found] == ["x/confirm-2", "x/confirm-1"]
-    assert [each.as_long for each in found.found] == [False, True]
+    assert [each.name for each in found.found] == [f"x/confirm-{n}" for n in (6, 5, 2, 1)]
+    assert [each.as_long for each in found.found] == [None, True, False, True]
+    assert found.found[1].searched_images == 8_000
     assert found.notes[0] == "Confirmation x/confirm-4 still runs."
     assert found.notes[1].startswith("Confirmation x/confirm-3 is left out: confirmation.json is")
     assert load_confirmations(client, "s") == list(found.found)
