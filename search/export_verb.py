@@ -93,6 +93,7 @@ def export(
         "confirmed": about["source"]["confirmed"],
         "figures": about["figures"],
         "metrics": about["metrics"],
+        "notes": about["notes"],
         "files": {name: str(folder / each["file"]) for name, each in about["files"].items()},
         "largest_difference": {
             name: each["largest_difference"] for name, each in about["files"].items()
@@ -103,8 +104,8 @@ def export(
     }
     if mlflow and (register is not None or chosen.trial is not None):
         answer |= _record(chosen, model, model_card(about), register)
-    if chosen.note:
-        err_console.print(chosen.note, soft_wrap=True)
+    for note in filter(None, (chosen.note, *about["notes"])):
+        err_console.print(note, soft_wrap=True)
     if as_json:
         print_json(answer)
         return

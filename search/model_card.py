@@ -14,6 +14,7 @@ from typing import Any
 
 MOST_CHARACTERS = 200
 """Of a name that comes from the user."""
+NOTE_CHARACTERS = 1000
 MEASURES = {
     "knn_top1": "kNN accuracy (k = 20)",
     "linear_top1": "linear probe accuracy",
@@ -24,10 +25,10 @@ MEASURES = {
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-!|~>:@])")
 
 
-def escaped(value: object) -> str:
-    """Text on one line that Markdown and HTML show as it is, cut to 200 characters."""
+def escaped(value: object, most: int = MOST_CHARACTERS) -> str:
+    """Text on one line that Markdown and HTML show as it is, cut to `most` characters."""
     text = " ".join(str(value).split())
-    text = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+    text = text if len(text) <= most else f"{text[:most]}..."
     return _MARKUP.sub(r"\\\1", html.escape(text, quote=False))
 
 
@@ -91,6 +92,9 @@ def _origin(source: Mapping[str, Any]) -> str:
 def _figures(about: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## How good it is", "")
     figures, source = about["figures"], about["source"]
+    for note in about.get("notes", ()):
+        told = note[:1].upper() + note[1:]
+        yield from (f"**Note:** {escaped(told, NOTE_CHARACTERS)}.", "")
     if figures:
         seeds = max(each["seeds"] for each in figures)
         yield (
@@ -122,7 +126,7 @@ def _figures(about: Mapping[str, Any]) -> Iterator[str]:
                 "optimistic, and not confirmed. `contrasweep confirm` trains and tests anew."
             )
     else:
-        yield "It was not measured."
+        yield "These weights were not measured."
 
 
 def _measure(key: str) -> tuple[str, str]:

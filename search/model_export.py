@@ -204,11 +204,18 @@ def _of_trial(chosen: Chosen, loading: Mapping[str, Any]) -> Model:
     if journaled.confirmation is not None:
         source |= {"sweep": journaled.confirmation.sweep, "candidate": trial.params["candidate"]}
         record = to_record(state, journaled.confirmation)
-    report = trial.last_report
+    # What was measured of these weights; a later report is of weights that were not kept.
+    report = trial.reports.get(trial.checkpoint_mark)
     metrics = {k: v for k, v in (report["metrics"] if report else {}).items() if _told(k, v)}
     about = _about(
         encoder, source, header["data"], metrics, header["versions"], header.get("git_commit")
     )
+    mark, whole = trial.checkpoint_mark, int(header["total_images"])
+    if mark < whole:
+        about["notes"].append(
+            f"these weights are those after {mark:,} of {whole:,} images: trial {trial.number} has "
+            "no later checkpoint"
+        )
     return Model(encoder, about, record)
 
 
@@ -239,6 +246,7 @@ def _about(
         "data": {name: data[name] for name in told if name in data},
         "metrics": metrics,
         "figures": [],
+        "notes": [],
         "trained_with": dict(trained_with),
         "trained_commit": commit,
         "exported_with": versions(),

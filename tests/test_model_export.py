@@ -169,6 +169,35 @@ def test_averaged_weights_are_exported_where_they_were_measured(
     assert torch.equal(value, weights[key])
 
 
+def test_figures_are_those_of_the_weights_and_an_early_checkpoint_is_told(
+    tmp_path: Path, data: DataSplits
+) -> None:
+    journal = begin(plan("early", tmp_path), data, total_images=300, marks=[100, 200, 300])
+    number = add_trial(journal, data, 0.5, state=None)
+    for mark, value in ((200, 0.6), (300, 0.7)):
+        journal.append(
+            "report", number=number, mark=mark, samples_seen=mark, metrics={"knn_top1": value},
+            decision={"stop": False, "rung": None, "cutoff": None, "competitors": 0},
+        )  # fmt: skip
+    journal.append("finished", number=number, state="completed", reason="", mark=300)
+    code, answer, told = export(tmp_path / "early", "--no-mlflow")
+    assert code == 0
+    assert answer["metrics"] == {"knn_top1": 0.5, "linear_top1": 0.25}
+    note = f"these weights are those after 100 of 300 images: trial {number} has no later"
+    assert note in told
+    assert note in answer["notes"][0]
+    card = (tmp_path / "early/export/MODEL_CARD.md").read_text()
+    assert "These weights are those after 100 of 300 images" in card
+    assert "0.7000" not in card
+    (tmp_path / "early/export/model.json").unlink()
+    place = "trials/0/checkpoint_100"
+    journal.append("checkpoint", number=number, path=place, mark=150)  # of no report
+    code, answer, _ = export(tmp_path / "early", "--no-mlflow", "--force")
+    assert (code, answer["metrics"]) == (0, {})
+    card = (tmp_path / "early/export/MODEL_CARD.md").read_text()
+    assert "These weights were not measured" in card
+
+
 def test_an_older_journal_lacks_the_normalisation_and_the_data_are_loaded(
     tmp_path: Path, data: DataSplits, sweep: Path
 ) -> None:
