@@ -124,7 +124,10 @@ def _enter_figures(model: Model) -> None:
 
 
 def figures_of(record: Mapping[str, Any], candidate: str) -> list[dict[str, Any]]:
-    """Mean and interval of each accuracy of a candidate, over its completed seeds and images."""
+    """Mean and interval of each accuracy of a candidate, over its completed seeds and images.
+
+    Of one seed there is no interval: that of its images leaves out what another seed would change.
+    """
     import numpy as np
 
     from analysis.crossed import mean_interval
@@ -145,8 +148,8 @@ def figures_of(record: Mapping[str, Any], candidate: str) -> list[dict[str, Any]
             {
                 "name": name,
                 "mean": found.mean,
-                "low": found.low,
-                "high": found.high,
+                "low": found.low if found.covers_seeds else None,
+                "high": found.high if found.covers_seeds else None,
                 "level": found.level,
                 "seeds": found.seeds,
                 "images": found.images,
@@ -214,11 +217,10 @@ def _print(answer: dict[str, Any]) -> None:
         out_console.print(f"{name}: {path}{note}", soft_wrap=True)
     out_console.print(f"card: {answer['card']}", soft_wrap=True)
     for each in answer["figures"]:
-        out_console.print(
-            f"{each['name']} {each['mean']:.4f} ({each['low']:.4f} to {each['high']:.4f}), "
-            f"{each['seeds']} seeds",
-            soft_wrap=True,
-        )
+        known = each["low"] is not None
+        interval = f" ({each['low']:.4f} to {each['high']:.4f})" if known else ""
+        seeds = "1 seed" if each["seeds"] == 1 else f"{each['seeds']} seeds"
+        out_console.print(f"{each['name']} {each['mean']:.4f}{interval}, {seeds}", soft_wrap=True)
     if answer["mlflow"]:
         uri, store = answer["mlflow"]["uri"], answer["mlflow"]["tracking_uri"]
         out_console.print(

@@ -98,14 +98,19 @@ def _figures(about: Mapping[str, Any]) -> Iterator[str]:
     if figures:
         seeds = max(each["seeds"] for each in figures)
         yield (
-            f"The configuration, trained with {seeds} fresh seeds after the search; in parentheses "
-            "95 % intervals over seeds and images. This file is one of these trainings"
+            "The configuration, trained once after the search, with a fresh seed. What another "
+            "seed would give is not known, so that there are no intervals."
+            if seeds == 1
+            else f"The configuration, trained with {seeds} fresh seeds after the search; in "
+            "parentheses 95 % intervals over seeds and images. This file is one of these trainings"
             + (", the best on validation." if source["confirmed"] else ".")
         )
         yield from ("", "| measure | split | mean | seeds | images |", "|---|---|---|---|---|")
         for each in figures:
             name, split = _measure(each["name"])
-            mean = f"{each['mean']:.4f} ({each['low']:.4f} to {each['high']:.4f})"
+            mean = f"{each['mean']:.4f}"
+            if each["low"] is not None:
+                mean += f" ({each['low']:.4f} to {each['high']:.4f})"
             yield f"| {name} | {split} | {mean} | {each['seeds']} | {each['images']:,} |"
         if source.get("searched_value") is not None:
             value = f"{source['searched_value']:.4f}"

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.config import parse_sweep, read_sweep_yaml
-from search.confirmed import ConfirmedModel, confirmed_winner, to_record, winner
+from search.confirmed import (
+    ConfirmedModel,
+    confirmed_model,
+    confirmed_winner,
+    to_record,
+    winner,
+)
 from search.folders import storage_of
 from search.journal import FILE_NAME, load_state
 from search.provenance import (
@@ -124,9 +130,9 @@ def _of_confirmation(
             f"'contrasweep resume {directory}', or name one by --trial"
         )
     if best is not None and trial in (None, best.number):
-        record = to_record(state, config.confirmation)
-        own = ConfirmedModel(directory, best.number, str(best.params["candidate"]), record)
-        return Chosen(directory, best.number, own)
+        own = confirmed_model(directory, state, config)
+        note = f"trial {best.number} is not confirmed: its configuration has one completed seed"
+        return Chosen(directory, best.number, own, "" if own is not None else note)
     assert trial is not None
     return Chosen(directory, _known(state, directory, trial))
 
@@ -351,7 +357,8 @@ def write_export(
 ) -> dict[str, Any]:
     """Write the model's files into a folder and give what `model.json` then says.
 
-    Files of the same model in other formats stay; with `force` those of another model go.
+    Files of the same model in other formats stay; with `force` those of another model go, before
+    the first new one comes, so that a kill leaves no file of that one below this one's name.
     """
     from trainer.export import save_encoder
 
@@ -389,11 +396,11 @@ def write_export(
         text = json.dumps(about, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (made / ABOUT).write_text(text, encoding="utf-8")
         (made / CARD).write_text(card(about), encoding="utf-8")
+        if not there:  # what lies there, if anything, is another model's
+            for name in (ABOUT, CARD, *FILES.values()):
+                (out / name).unlink(missing_ok=True)
         # What says whose the folder is comes first: after a kill the same command goes on.
         for name in (ABOUT, *(FILES[each] for each in formats), CARD):
             with (made / name).open("rb") as source, replacing(out / name) as target:
                 shutil.copyfileobj(source, target, 1 << 20)
-    for name, file in FILES.items():
-        if name not in about["files"]:
-            (out / file).unlink(missing_ok=True)
     return about

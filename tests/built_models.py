@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,20 @@ def built_sweep(out: Path, data: DataSplits, name: str = "cifar", **changes: Any
     return journal.path.parent
 
 
-def built_confirmation(sweep: Path, data: DataSplits, *, ends: bool = True) -> Path:
-    """Trial 1 and the default with two seeds each; trial 1 is the better, its second seed best."""
+TRAININGS = (("default", 0, 0.9), ("trial 1", 0, 0.7), ("trial 1", 1, 0.75), ("default", 1, 0.3))
+
+
+def built_confirmation(
+    sweep: Path,
+    data: DataSplits,
+    trainings: Sequence[tuple[str, int, float]] = TRAININGS,
+    *,
+    ends: bool = True,
+) -> Path:
+    """Trial 1 and the default with two seeds each; trial 1 is the better, its second seed best.
+
+    Others by `trainings`: candidate, repeat and accuracy.
+    """
     candidates = [
         Candidate(
             name=name, trial=trial, top=top, baseline=not top, searched_value=searched,
@@ -150,17 +162,12 @@ def built_confirmation(sweep: Path, data: DataSplits, *, ends: bool = True) -> P
         ordinal=1,
         data_digest=describe_data(data)["digest"],
         candidates=tuple(candidates),
-        seeds=(11, 12),
+        seeds=tuple(range(11, 12 + max(1, *(repeat for _, repeat, _ in trainings)))),
     )
-    more = {"space": "confirm", "trials": 4, "default_trial": False, "sampler": "grid"}
+    more = {"space": "confirm", "trials": len(trainings), "default_trial": False, "sampler": "grid"}
     config = plan("confirm-1", sweep, **more, confirmation=confirmation.model_dump())
     journal = begin(config, data, sweep_id=f"id-{sweep.name}-confirm-1")
-    for name, repeat, value in (
-        ("default", 0, 0.9),
-        ("trial 1", 0, 0.7),
-        ("trial 1", 1, 0.75),
-        ("default", 1, 0.3),
-    ):
+    for name, repeat, value in trainings:
         params = {"candidate": name, "repeat": repeat}
         add_trial(journal, data, value, params=params, right=True)
     if ends:

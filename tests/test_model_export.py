@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tests.built_models import (
     plan,
     small_data,
 )
+from trainer.atomic import replacing
 from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
 from trainer.datasets import DataSplits
@@ -257,6 +259,25 @@ def test_the_command_exports_a_confirmed_winner_with_intervals(
     assert 'load_encoder("encoder.safetensors")' in card
 
 
+def test_one_seed_has_no_interval_and_confirms_nothing(tmp_path: Path, data: DataSplits) -> None:
+    trainings = (("default", 0, 0.5), ("trial 1", 0, 0.7))
+    own = built_confirmation(built_sweep(tmp_path, data), data, trainings)
+    code, answer, told = export(own, "--no-mlflow")
+    assert code == 0
+    assert "trial 1 is not confirmed: its configuration has one completed seed" in told
+    assert answer["confirmed"] is False
+    assert {(each["low"], each["high"], each["seeds"]) for each in answer["figures"]} == {
+        (None, None, 1)
+    }
+    card = (own / "export" / "MODEL_CARD.md").read_text()
+    assert "trained once after the search, with a fresh seed" in card
+    assert "95 %" not in card
+    mean = next(each["mean"] for each in answer["figures"] if each["name"] == "test_knn_top1")
+    assert f"| test | {mean:.4f} | 1 |" in card
+    result = CliRunner().invoke(app, ["export", str(own), "--no-mlflow"])
+    assert f"test_knn_top1 {mean:.4f}, 1 seed\n" in result.stdout
+
+
 def test_an_unconfirmed_export_says_so_and_formats_are_added(sweep: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     code, answer, told = export(sweep, "--out", out, "--no-mlflow")
@@ -360,6 +381,46 @@ def test_an_export_that_fails_leaves_what_was_there(
     with pytest.raises(ValueError, match="features differ"):
         write_export(model, tmp_path, ["safetensors", "torch"], model_card)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("steps", range(9))
+def test_a_kill_leaves_no_file_of_another_model(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    before = read_model(model_to_export(sweep))
+    model = read_model(model_to_export(sweep, 2))
+    write_export(before, tmp_path, ["safetensors"], model_card)
+    (tmp_path / "encoder.onnx").write_text("of the first model")
+    left = [steps]
+
+    def dies(path: Path, own: Callable[..., Any], **options: Any) -> Any:
+        if path.parent == tmp_path:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return own(path, **options)
+
+    with monkeypatch.context() as patched:
+        unlink, replace = Path.unlink, replacing
+        patched.setattr(Path, "unlink", lambda path, **more: dies(path, unlink, **more))
+        patched.setattr("search.model_export.replacing", lambda path: dies(path, replace))
+        if steps < 8:
+            with pytest.raises(KeyboardInterrupt):
+                write_export(model, tmp_path, ["safetensors"], model_card, force=True)
+        else:
+            write_export(model, tmp_path, ["safetensors"], model_card, force=True)
+    if (tmp_path / "model.json").exists():
+        about = json.loads((tmp_path / "model.json").read_text())
+        if about["model"] == model.about["model"]:
+            assert not (tmp_path / "encoder.onnx").exists()
+            if (tmp_path / "encoder.safetensors").exists():
+                assert fingerprint(load_encoder(tmp_path)) == about["model"]
+        else:
+            assert steps == 0
+    about = write_export(model, tmp_path, ["safetensors"], model_card, force=True)
+    assert set(about["files"]) == {"safetensors"}
+    assert not (tmp_path / "encoder.onnx").exists()
+    assert fingerprint(load_encoder(tmp_path)) == model.about["model"]
 
 
 # ---- the card
