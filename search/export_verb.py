@@ -5,6 +5,7 @@ A composition root as `search.cli` is: intervals of a confirmation's figures are
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,6 +122,7 @@ def _enter_figures(model: Model) -> None:
     source["searched_value"] = own["searched_value"]
     source["test_uses"] = model.record["ordinal"]
     model.about["figures"] = figures_of(model.record, source["candidate"])
+    model.about["notes"] += comparison_notes(model.record, source)
 
 
 def figures_of(record: Mapping[str, Any], candidate: str) -> list[dict[str, Any]]:
@@ -156,6 +158,54 @@ def figures_of(record: Mapping[str, Any], candidate: str) -> list[dict[str, Any]
             }
         )
     return figures
+
+
+def comparison_notes(record: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
+    """What test says against a candidate: that the baseline is better, or that there is only it.
+
+    The winner is chosen without test, which therefore may say so, and does not choose another.
+    """
+    import pandas as pd
+
+    from analysis.confirmation import Confirmation, summarise_confirmation
+    from analysis.confirmation_record import parse_record
+
+    try:
+        parsed = parse_record(json.dumps(record).encode())
+    except ValueError as error:
+        return [f"it is not compared with the baseline: {error}"]
+    confirmation = Confirmation(
+        name=source["name"],
+        sweep_id=source["sweep_id"],
+        run_id="",
+        state="finished",
+        start=pd.Timestamp.now(tz="UTC"),
+        record=parsed,
+        searched_images=parsed.searched_images,
+        total_images=parsed.total_images,
+    )
+    summary = summarise_confirmation(confirmation)
+    name, baseline, winner = source["candidate"], summary["baseline"], summary["winner"]
+    if (
+        winner is not None
+        and winner["candidate"] == name
+        and not summary["candidates"][name]["top"]
+    ):
+        return [f"none of the sweep's best configurations was completed, only {name}, the baseline"]
+    for gap in summary["differences"]:
+        if (gap["first"], gap["second"], gap["split"]) != (name, baseline, "test"):
+            continue
+        if gap["result"] == "worse":
+            answers = confirmation.answers(baseline, summary["objective"])
+            best = max(answers, key=lambda repeat: (float(answers[repeat].mean()), -repeat))
+            number = confirmation.trainings(baseline)[best].number
+            inside = f"95 % interval {-100 * gap['high']:.1f} to {-100 * gap['low']:.1f}"
+            return [
+                f"{name} is worse than the baseline, {baseline}, on test by "
+                f"{-100 * gap['mean']:.1f} points ({inside}); consider --trial {number} of "
+                f"{source['name']}, the baseline's best training on validation"
+            ]
+    return []
 
 
 def _record(chosen: Chosen, model: Model, card: str, name: str | None) -> dict[str, Any]:

@@ -167,6 +167,11 @@ def _use(about: Mapping[str, Any]) -> Iterator[str]:
             f"features = encoder(images)  # {pixels}",
             "```",
         )
+    yield ""
+    yield (
+        "Open `encoder.pt2` and MLflow's model only from those you trust, as both can run code; "
+        "`encoder.safetensors` holds numbers alone."
+    )
 
 
 def _preprocessing(about: Mapping[str, Any]) -> Iterator[str]:

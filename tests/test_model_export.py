@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +277,46 @@ def test_one_seed_has_no_interval_and_confirms_nothing(tmp_path: Path, data: Dat
     assert f"| test | {mean:.4f} | 1 |" in card
     result = CliRunner().invoke(app, ["export", str(own), "--no-mlflow"])
     assert f"test_knn_top1 {mean:.4f}, 1 seed\n" in result.stdout
+
+
+def test_a_winner_that_is_worse_than_the_baseline_on_test_is_told(
+    tmp_path: Path, data: DataSplits
+) -> None:
+    values = {"default": 0.97, "trial 1": 0.1}
+    trainings = [(name, repeat, values[name]) for repeat in range(4) for name in values]
+    folder = built_sweep(tmp_path, data)
+    own = built_confirmation(folder, data, trainings)
+    code, answer, told = export(folder, "--no-mlflow")
+    assert code == 0
+    assert answer["source"]["candidate"] == "trial 1"  # test does not choose
+    (note,) = answer["notes"]
+    assert note in told
+    found = re.fullmatch(
+        r"trial 1 is worse than the baseline, default, on test by ([\d.]+) points "
+        r"\(95 % interval ([\d.]+) to ([\d.]+)\); consider --trial (\d) of confirm-1, the "
+        r"baseline's best training on validation",
+        note,
+    )
+    assert found is not None
+    size, low, high = (float(found[i]) for i in (1, 2, 3))
+    assert 50 < low < size < high <= 100
+    assert json.loads((folder / "export/model.json").read_text())["notes"] == [note]
+    card = (folder / "export/MODEL_CARD.md").read_text()
+    assert "**Note:** Trial 1 is worse than the baseline, default, on test by" in card
+    assert "only from those you trust" in card
+    # the trial that it names is one of the baseline, of which nothing is to be told
+    code, answer, told = export(own, "--trial", found[4], "--no-mlflow")
+    assert (code, answer["source"]["candidate"], answer["notes"], told) == (0, "default", [], "")
+
+
+def test_a_baseline_that_alone_was_completed_is_told(tmp_path: Path, data: DataSplits) -> None:
+    folder = built_sweep(tmp_path, data)
+    built_confirmation(folder, data, (("default", 0, 0.5), ("default", 1, 0.6)))
+    code, answer, told = export(folder, "--no-mlflow")
+    assert (code, answer["source"]["candidate"]) == (0, "default")
+    note = "none of the sweep's best configurations was completed, only default, the baseline"
+    assert answer["notes"] == [note]
+    assert note in told
 
 
 def test_an_unconfirmed_export_says_so_and_formats_are_added(sweep: Path, tmp_path: Path) -> None:
