@@ -186,11 +186,8 @@ def comparison_notes(record: Mapping[str, Any], source: Mapping[str, Any]) -> li
     )
     summary = summarise_confirmation(confirmation)
     name, baseline, winner = source["candidate"], summary["baseline"], summary["winner"]
-    if (
-        winner is not None
-        and winner["candidate"] == name
-        and not summary["candidates"][name]["top"]
-    ):
+    wins = winner is not None and winner["candidate"] == name
+    if wins and not summary["candidates"][name]["top"]:
         return [f"none of the sweep's best configurations was completed, only {name}, the baseline"]
     for gap in summary["differences"]:
         if (gap["first"], gap["second"], gap["split"]) != (name, baseline, "test"):

@@ -18,10 +18,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.store import EXPERIMENT, PREFIX, connect, runs_of
+from search.model_export import CARD
+from search.store import PREFIX, connect, experiment_of, runs_of
 from search.uris import redacted, without_credentials
 
 if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
     from mlflow.tracking import MlflowClient
 
     from trainer.export import ExportedEncoder
@@ -43,7 +45,7 @@ def check_name(name: str) -> None:
 
 
 @contextlib.contextmanager
-def store_errors(uri: str, what: str) -> Iterator[None]:
+def told_in_one_line(uri: str, what: str) -> Iterator[None]:
     """Whatever MLflow raises becomes a ValueError of one line."""
     try:
         yield
@@ -57,21 +59,24 @@ def log_model(
 ) -> dict[str, Any]:
     """The encoder as a model of its trial's run: `model_id` and `run_id`, and whether it is new.
 
-    A model that is there is left as it is. Of a run without a sweep there is no run in MLflow, and
-    the model stands by itself. `runs` is the folder of sweeps, beside whose store artifacts lie.
+    A model that is there is left as it is; one that has been confirmed since gets the tag and the
+    card that say so. Of a run without a sweep there is no run in MLflow, and the model stands by
+    itself. `runs` is the folder of sweeps, beside whose store artifacts lie.
     """
     from mlflow.entities import LoggedModelOutput
 
-    with store_errors(uri, "log the model"):
+    with told_in_one_line(uri, "log the model"):
         client = connect(uri)
-        experiment = _experiment(client, uri, runs)
+        experiment = experiment_of(client, uri, runs)
         source = about["source"]
         run = None
         if source["trial"] is not None:
             run = _run_of(client, experiment, source["sweep_id"], source["trial"])
         found = _logged(client, experiment, about["model"])
         if found is not None:
-            return {"model_id": found, "run_id": run, "new": False}
+            if source["confirmed"]:
+                _confirm(client, found, card)
+            return {"model_id": str(found.model_id), "run_id": run, "new": False}
         tags = {f"{PREFIX}model": about["model"], f"{PREFIX}confirmed": str(source["confirmed"])}
         tags |= {f"{PREFIX}{k}": str(source[k]) for k in ("sweep_id", "trial") if k in source}
         params = {"encoder": about["encoder"], "image_size": str(about["image_size"])}
@@ -80,7 +85,7 @@ def log_model(
         with tempfile.TemporaryDirectory(prefix="contrasweep-") as folder:
             saved = Path(folder) / "model"
             _save(saved, encoder, made.model_id, run)
-            (saved / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+            (saved / CARD).write_text(card, encoding="utf-8")
             client.log_model_artifacts(made.model_id, str(saved))
         client.finalize_logged_model(made.model_id, "READY")
         if run is not None:
@@ -94,7 +99,7 @@ def register(uri: str, name: str, model_id: str, run: str | None, *, confirmed: 
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
-    with store_errors(uri, f"register {name}"):
+    with told_in_one_line(uri, f"register {name}"):
         client = connect(uri)
         try:
             client.create_registered_model(name)
@@ -125,15 +130,6 @@ def register(uri: str, name: str, model_id: str, run: str | None, *, confirmed: 
         return int(version.version)
 
 
-def _experiment(client: MlflowClient, uri: str, runs: Path) -> str:
-    """That of all sweeps; made as their recorder makes it where a run alone comes first."""
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        return str(found.experiment_id)
-    location = None if uri.startswith("http") else (runs / "mlartifacts").as_uri()
-    return str(client.create_experiment(EXPERIMENT, location))
-
-
 def _run_of(client: MlflowClient, experiment: str, sweep_id: str, trial: int) -> str:
     for run in runs_of(client, experiment, sweep_id):
         if run.data.tags.get(f"{PREFIX}number") == str(trial):
@@ -141,11 +137,24 @@ def _run_of(client: MlflowClient, experiment: str, sweep_id: str, trial: int) ->
     raise ValueError(f"it has no run of trial {trial}; bring it up to date by 'contrasweep sync'")
 
 
-def _logged(client: MlflowClient, experiment: str, model: str) -> str | None:
+def _confirm(client: MlflowClient, model: LoggedModel, card: str) -> None:
+    """Let a model that was logged before it was confirmed say that it is."""
+    tag = f"{PREFIX}confirmed"
+    if model.tags.get(tag) == str(True):
+        return
+    with tempfile.TemporaryDirectory(prefix="contrasweep-") as folder:
+        path = Path(folder) / CARD
+        path.write_text(card, encoding="utf-8")
+        client.log_model_artifact(model.model_id, str(path))
+    # the tag is last: after a kill the card is written again
+    client.set_logged_model_tags(model.model_id, {tag: str(True)})
+
+
+def _logged(client: MlflowClient, experiment: str, model: str) -> LoggedModel | None:
     """The model that is there already, and whole."""
     found = client.search_logged_models([experiment], f"tags.`{PREFIX}model` = '{model}'")
     ready = [each for each in found if str(each.status).endswith("READY")]
-    return str(ready[0].model_id) if ready else None
+    return ready[0] if ready else None
 
 
 def _save(folder: Path, encoder: ExportedEncoder, model_id: str, run: str | None) -> None:

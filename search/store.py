@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "contrasweep"
 PREFIX = "contrasweep."
 """Of the names of tags."""
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow's page opens on runs and curves, not on traces of language models."""
 
 
 def connect(tracking_uri: str) -> MlflowClient:
@@ -56,6 +58,19 @@ def _make_tables(database: Path) -> None:
             os.replace(made, database)
     finally:
         made.unlink(missing_ok=True)
+
+
+def experiment_of(client: MlflowClient, uri: str, runs: Path) -> str:
+    """The id of the experiment of all sweeps, which is made if it is missing.
+
+    Without a server its artifacts lie in `runs`, the folder of sweeps.
+    """
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    # MLflow's default would be the current folder
+    location = None if uri.startswith("http") else (runs / "mlartifacts").as_uri()
+    return str(client.create_experiment(EXPERIMENT, location, EXPERIMENT_TAGS))
 
 
 def nested_tags(client: MlflowClient, experiment: str, header: Mapping[str, Any]) -> dict[str, str]:

@@ -72,7 +72,7 @@ from search.records import (
 from search.segments import CHECKPOINT_FILE
 from search.state import Event, SweepState, TrialState
 from search.storage import Folder, Storage
-from search.store import EXPERIMENT, PREFIX, connect, nested_tags, runs_of
+from search.store import PREFIX, connect, experiment_of, nested_tags, runs_of
 from search.uris import redacted
 from trainer.config import TrainConfig
 
@@ -80,8 +80,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""MLflow's page opens on runs and curves, not on traces of language models."""
 BATCH_METRICS = 1000
 """The limit of MLflow's log_batch."""
 POLL_S = 1.0
@@ -206,18 +204,9 @@ class Recorder:
         if self._given_up:
             raise RuntimeError("the recorder was stopped: another one may be at work")
 
-    def _experiment(self, client: MlflowClient) -> str:
-        found = client.get_experiment_by_name(EXPERIMENT)
-        if found is not None:
-            return str(found.experiment_id)
-        location = None
-        if not self._uri.startswith("http"):  # MLflow's default would be the current folder
-            runs = runs_folder(self._dir, self._state.header["config"].get("confirmation"))
-            location = (runs / "mlartifacts").as_uri()
-        return str(client.create_experiment(EXPERIMENT, location, EXPERIMENT_TAGS))
-
     def _find_or_create_parent(self, client: MlflowClient) -> str:
-        experiment = self._experiment_id = self._experiment(client)
+        runs = runs_folder(self._dir, self._state.header["config"].get("confirmation"))
+        experiment = self._experiment_id = experiment_of(client, self._uri, runs)
         sweep_id = self._state.header["sweep_id"]
         self._children = {}
         parent = None

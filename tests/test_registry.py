@@ -20,8 +20,9 @@ from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner
 
 from search.cli import app
+from search.journal import Journal
 from search.registry import ALIAS, check_name
-from tests.built_models import FIELDS, built_confirmation, built_sweep, small_data
+from tests.built_models import FIELDS, built_confirmation, built_sweep, end, small_data
 from trainer import load_encoder
 
 SIZE = FIELDS["image_size"]
@@ -123,6 +124,26 @@ def test_what_is_not_confirmed_is_registered_without_the_alias(
     assert int(winner.version) == exported["registered"]["version"]
     status = client.get_run(answer["mlflow"]["run_id"]).info.status
     assert status == "FINISHED"
+
+
+def test_a_model_that_is_confirmed_after_it_was_logged_says_so(tmp_path: Path) -> None:
+    data = small_data()
+    own = built_confirmation(built_sweep(tmp_path, data), data, ends=False)
+    early, _ = export(own, "--trial", 2)
+    client = MlflowClient(early["mlflow"]["tracking_uri"])
+    (model,) = models_of(client)
+    card = Path(model.artifact_location.removeprefix("file://")) / "MODEL_CARD.md"
+    assert model.tags["contrasweep.confirmed"] == "False"
+    assert "the confirmed winner" not in card.read_text()
+    end(Journal(own / "events.jsonl"))
+    late, _ = export(own, "--trial", 2)
+    assert late["confirmed"] is True
+    assert late["mlflow"] == {**early["mlflow"], "new": False}
+    (model,) = models_of(client)
+    assert model.tags["contrasweep.confirmed"] == "True"
+    assert "the confirmed winner" in card.read_text()
+    experiment = client.get_experiment_by_name("contrasweep")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_a_run_of_train_is_registered_by_itself(
