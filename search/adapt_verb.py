@@ -248,13 +248,16 @@ def print_adaptations(result: dict[str, Any]) -> None:
         told = [f"{found['mean']:.4f}", interval, *(f"{each:.4f}" for each in rest)]
         table.add_row(*row, *told)
     out_console.print(table)
-    out_console.print(
+    below = (
         f"{result['test_images']:,} test images, used once by each adaptation; intervals hold "
-        "seeds and images, of one seed images alone; rate and length of fine-tuning were chosen by "
-        f"the labels of {result['val_images']:,} validation images",
-        style="dim",
-        soft_wrap=True,
+        "seeds and images, of one seed images alone"
     )
+    if any(entry["task"] in ("finetune", SCRATCH) for entry in result["results"]):
+        below += (
+            "; rate and length of fine-tuning were chosen by the labels of "
+            f"{result['val_images']:,} validation images"
+        )
+    out_console.print(below, style="dim", soft_wrap=True)
     for entry in result["results"]:
         if (gain := entry.get("over_scratch")) is not None:
             out_console.print(
