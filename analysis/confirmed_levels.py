@@ -12,14 +12,13 @@ seeds, and a group has no value that a candidate could have.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from analysis.confirmation import Gap, best_of, correct_for_all, paired_difference
 from analysis.confirmation_record import Candidate, Confirmation
 from analysis.crossed import Difference, most_seeds
-from analysis.levels import SWEEP
+from analysis.levels import SWEEP, level_value
 from analysis.verdict import amount, listed, p_value
 
 if TYPE_CHECKING:
@@ -127,13 +126,8 @@ def level_of(candidate: Candidate, field: str) -> str | None:
 
 def level_name(recorded: Any) -> str:
     """Numbers in their shortest form, also from text; everything else as text."""
-    if isinstance(recorded, bool):
-        return str(recorded)
-    try:
-        number = float(str(recorded))
-    except ValueError:
-        return str(recorded)
-    return f"{number:g}" if math.isfinite(number) else str(recorded)
+    value = level_value(recorded)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _by_level(confirmation: Confirmation, field: str) -> dict[str, list[str]]:

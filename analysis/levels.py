@@ -180,7 +180,7 @@ def _rows(frames: SweepFrames, field: str, several: bool) -> pd.DataFrame:
         raise ValueError(f"no field {field!r} in sweep {info['name']!r}; {_known(frames)}")
     columns = ["number", "state", "ending", "is_default", "objective", "samples_seen"]
     return trials[columns].assign(
-        level=level if field == SWEEP else level.map(_value, na_action="ignore"),
+        level=level if field == SWEEP else level.map(level_value, na_action="ignore"),
         sweep=info["name"],
         sweep_id=info["sweep_id"],
         early_mark=shared_mark(frames)[0],
@@ -193,7 +193,7 @@ def _known(frames: SweepFrames) -> str:
     return f"its trials differ in {', '.join(names) or 'none'}; {SWEEP} compares whole sweeps"
 
 
-def _value(recorded: object) -> object:
+def level_value(recorded: object) -> object:
     """Numbers as floats, also from text, so that a sweep that fixed a field meets one that varied
     it; everything else as text."""
     if isinstance(recorded, bool | np.bool_):

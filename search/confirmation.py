@@ -123,14 +123,3 @@ def packed(right_N: NDArray[np.bool_]) -> str:
     import numpy as np
 
     return base64.b64encode(np.packbits(right_N).tobytes()).decode("ascii")
-
-
-def unpacked(text: str, images: int) -> NDArray[np.bool_]:
-    """What `packed` gave for that many images; ValueError if it cannot have."""
-    import numpy as np
-
-    content = base64.b64decode(text, validate=True)
-    if len(content) != (images + 7) // 8:
-        raise ValueError(f"{len(content)} bytes are not the answers to {images} images")
-    bits = np.unpackbits(np.frombuffer(content, dtype=np.uint8), count=images)
-    return bits.astype(np.bool_)

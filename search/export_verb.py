@@ -132,8 +132,8 @@ def figures_of(record: Mapping[str, Any], candidate: str) -> list[dict[str, Any]
     """
     import numpy as np
 
+    from analysis.confirmation_record import unpacked
     from analysis.crossed import mean_interval
-    from search.confirmation import unpacked
 
     trainings = [
         each["correct"]

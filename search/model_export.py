@@ -360,7 +360,7 @@ def write_export(
     Files of the same model in other formats stay; with `force` those of another model go, before
     the first new one comes, so that a kill leaves no file of that one below this one's name.
     """
-    from trainer.export import save_encoder
+    from trainer.export import save_exported
 
     encoder = model.encoder
     there = check_folder(out, model.about["model"], force=force)
@@ -372,15 +372,7 @@ def write_export(
             path = made / FILES[name]
             difference = 0.0
             if name == "safetensors":
-                save_encoder(
-                    path,
-                    encoder.encoder,
-                    config=encoder.config,
-                    feature_dim=encoder.feature_dim,
-                    mean=encoder.mean,
-                    std=encoder.std,
-                    classes=encoder.classes,
-                )
+                save_exported(path, encoder)
             else:
                 from trainer.programs import save_onnx, save_torch, traced
 

@@ -166,7 +166,7 @@ def _save(folder: Path, encoder: ExportedEncoder, model_id: str, run: str | None
     from mlflow.types import Schema, TensorSpec
 
     import trainer
-    from trainer.export import FILE, save_encoder
+    from trainer.export import FILE, save_exported
 
     size = encoder.config.image_size
     images = TensorSpec(np.dtype("uint8"), (-1, 3, size, size))
@@ -177,15 +177,7 @@ def _save(folder: Path, encoder: ExportedEncoder, model_id: str, run: str | None
         code, data = Path(made) / "trainer", Path(made) / FILE
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(trainer.__file__).parent, code, ignore=ignored)
-        save_encoder(
-            data,
-            encoder.encoder,
-            config=encoder.config,
-            feature_dim=encoder.feature_dim,
-            mean=encoder.mean,
-            std=encoder.std,
-            classes=encoder.classes,
-        )
+        save_exported(data, encoder)
         with _no_hints():
             mlflow.pyfunc.save_model(
                 folder,

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from analysis.confirmation_record import unpacked
 from search.candidates import Wish, plan_confirmation
 from search.config import SHARED_FIELDS, SweepConfig
-from search.confirmation import ConfirmationSpace, packed, title, unpacked
+from search.confirmation import ConfirmationSpace, packed, title
 from search.confirmed import confirmed_model, confirmed_winner, to_record, winner
 from search.folders import folder_for
 from search.journal import FILE_NAME, Journal, load_state

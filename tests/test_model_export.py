@@ -241,7 +241,7 @@ def test_the_command_exports_a_confirmed_winner_with_intervals(
         assert each["seeds"] == 2
         assert each["images"] == len(data.test if name.startswith("test_") else data.val)
     state = Journal(confirmed / "confirm-1" / "events.jsonl").state
-    from search.confirmation import unpacked
+    from analysis.confirmation_record import unpacked
 
     rows = [
         unpacked(state.trials[n].reports[100]["correct"]["test_knn_top1"], len(data.test))

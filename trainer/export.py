@@ -155,6 +155,19 @@ def save_encoder(
         file.write(content)
 
 
+def save_exported(path: Path, encoder: ExportedEncoder) -> None:
+    """Write an encoder that was read, or came out of a checkpoint, as `save_encoder` does."""
+    save_encoder(
+        path,
+        encoder.encoder,
+        config=encoder.config,
+        feature_dim=encoder.feature_dim,
+        mean=encoder.mean,
+        std=encoder.std,
+        classes=encoder.classes,
+    )
+
+
 def fingerprint(encoder: ExportedEncoder) -> str:
     """32 hex digits that tell encoders apart: of weights, configuration and normalisation."""
     about = [encoder.config.model_dump_json(), encoder.mean, encoder.std, encoder.classes]
