@@ -19,7 +19,9 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := trainer spaces search analysis tests
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
+# Python compiles what it imports; all of torch's and Ray's modules at once would take a minute.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile $(PIP_FLAGS) \
+	-c constraints.txt
 NAME := demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: help demo test test-all lint chaos bench clean

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.extent import ALL
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import TrainConfig
 
@@ -115,7 +116,7 @@ for mark in range(1, 10**9):
 def test_kill_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     marks = []
-    for delay_s in (0.0, 0.011, 0.027, 0.05):
+    for delay_s in (0.0, 0.011, 0.027, 0.05) if ALL else (0.0, 0.027):
         process = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(path)])
         path.unlink(missing_ok=True)
         deadline = time.monotonic() + 60

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import Verbs
+from tests.extent import long
 
 TINY = ["--epochs", "1", "--trials", "2", "--train-limit", "200", "--set", "batch_size=64",
         "--max-concurrent", "1"]  # fmt: skip
@@ -222,6 +223,7 @@ def test_train_writes_its_run_and_tells_it(
     assert "not empty" in verbs.refused(*arguments)
 
 
+@long
 @pytest.mark.slow
 def test_a_sweep_without_any_result_does_not_exit_with_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbs: Verbs, one_ray: None
@@ -248,6 +250,9 @@ def test_a_sweep_from_start_to_report(
     assert sum(told["trials"].values()) == 2
     assert Path(told["report"]).is_file()
     assert (tmp_path / "runs" / "s" / "report" / "leaderboard.csv").is_file()
+    pictures = sorted((tmp_path / "runs" / "s" / "pictures").glob("*/views.png"))
+    assert len(pictures) == told["trials"]["completed"] == 2
+    assert "What was learned" in Path(told["report"]).read_text("utf-8")
     assert told["samples_seen"] == 2 * 256
     assert "Traceback" not in done.stderr
 

@@ -29,6 +29,7 @@ from search.cluster import (
 )
 from search.config import SweepConfig
 from search.nodes import check_nodes, check_same, check_shared, fingerprint
+from tests.extent import long
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"CPU": 2.0, "GPU": 1.0}
@@ -164,6 +165,7 @@ def on_node(name: str, task: Any, *arguments: Any) -> Any:
     return ray.remote(num_cpus=0)(task).options(scheduling_strategy=there).remote(*arguments)
 
 
+@long
 @pytest.mark.slow
 def test_trials_fit_where_cpus_and_gpus_are_together(cluster: Any) -> None:
     with ray_cluster(sweep(cluster)) as count:
@@ -179,6 +181,7 @@ def test_trials_fit_where_cpus_and_gpus_are_together(cluster: Any) -> None:
             _check_fits(sweep(cluster, gpus_per_trial=2))
 
 
+@long
 @pytest.mark.slow
 def test_every_node_runs_the_code_of_the_driver(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -276,6 +279,7 @@ def test_a_node_with_other_versions_or_without_our_code_is_named(
         cluster.remove_node(node)
 
 
+@long
 @pytest.mark.slow
 def test_a_folder_that_nodes_do_not_share_is_named(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -294,6 +298,7 @@ def test_a_folder_that_nodes_do_not_share_is_named(
         check_shared(Path("/proc/self/runs"))
 
 
+@long
 @pytest.mark.slow
 def test_nodes_that_leave_are_not_counted(cluster: Any, tmp_path: Path) -> None:
     import ray

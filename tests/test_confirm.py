@@ -27,6 +27,8 @@ from search.state import SweepState, TrialState
 from search.steering import enqueue
 from search.store import connect, recorded_confirmations, runs_of
 from tests.chaos import Attack, checked
+from tests.conftest import Verbs
+from tests.extent import long
 from tests.simulated import simulated_sweep
 from trainer.config import TrainConfig
 from trainer.datasets import Split, load_for
@@ -243,25 +245,29 @@ CONFIRM = ["--top", "1", "--seeds", "2", "--epochs", "2"]
 
 
 @pytest.mark.slow
-def test_a_killed_confirmation_goes_on_and_tells_all(tmp_path: Path) -> None:
-    victim = Attack(tmp_path, "swept")
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=long)])
+def test_a_confirmation_tells_all_killed_or_not(
+    killed: bool, tmp_path: Path, verbs: Verbs, one_ray: None
+) -> None:
+    folder = tmp_path / "runs" / "swept"
     fields = ["--set", "image_size=8", "--train-limit", "200", "--set", "batch_size=64"]
-    victim.run(
-        *("sweep", "--name", "swept", "--trials", "2", "--epochs", "1", "--scheduler", "none"),
-        *(*fields, "--json"),
+    swept = verbs.json(
+        *("sweep", "--name", "swept", "--out", folder.parent, "--trials", "2", "--epochs", "1"),
+        *("--scheduler", "none", "--no-pictures", *fields),
     )
-    assert victim.end()["state"] == "finished"
-    source = load_state(victim.dir / FILE_NAME).header["sweep_id"]
-    confirming = Attack(victim.dir, "confirm-1", out=".")
-    confirming.run("confirm", str(victim.dir), *CONFIRM, "--json")
-    confirming.until(lambda state: state.trials and state.reports)
-    confirming.kill()
-    confirming.run("confirm", str(victim.dir), *CONFIRM, "--json")
-    told = confirming.end()
-    state = load_state(confirming.journal)
+    assert swept["state"] == "finished"
+    source = load_state(folder / FILE_NAME).header["sweep_id"]
+    if killed:
+        victim = Attack(folder, "confirm-1", out=".")
+        victim.run("confirm", str(folder), *CONFIRM, "--json")
+        victim.until(lambda state: state.trials and state.reports)
+        victim.kill()
+    told = verbs.json("confirm", folder, *CONFIRM)
+    confirmation = folder / "confirm-1"
+    state = load_state(confirmation / FILE_NAME)
     config = SweepConfig.model_validate(state.header["config"])
     assert state.counts() == {"completed": 4}
-    assert checked(confirming.dir, {})["faults"] == []
+    assert checked(confirmation, {})["faults"] == []
 
     # test was used at each trial's end and at no other report
     ends = [trial.last_report for trial in state.trials.values()]
@@ -274,7 +280,7 @@ def test_a_killed_confirmation_goes_on_and_tells_all(tmp_path: Path) -> None:
         right = unpacked(each["correct"]["test_linear_top1"], record["test_images"])
         assert trial.value("test_linear_top1") == right.mean()
 
-    uri = f"sqlite:///{tmp_path / victim.out / 'mlflow.db'}"
+    uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
     client = connect(uri)
     experiment = client.get_experiment_by_name("contrasweep")
     assert experiment is not None
@@ -291,11 +297,11 @@ def test_a_killed_confirmation_goes_on_and_tells_all(tmp_path: Path) -> None:
     path = client.download_artifacts(parent.info.run_id, "confirmation.json", str(tmp_path))
     assert json.loads(Path(path).read_text()) == record
 
-    model = confirmed_winner(victim.dir)
+    model = confirmed_winner(folder)
     best = winner(state, config)
     assert model is not None
     assert best is not None
-    assert (model.directory, model.trial) == (confirming.dir, best.number)
+    assert (model.directory, model.trial) == (confirmation, best.number)
     assert told["winner"]["trial"] == best.number
 
 

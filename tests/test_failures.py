@@ -17,8 +17,10 @@ from search.run import Sweep
 from search.state import SweepState
 from search.study import Study
 from spaces import load_space
+from tests.extent import long
 
 pytestmark = [
+    long,
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only"),
 ]

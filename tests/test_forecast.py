@@ -15,6 +15,7 @@ from search.calibration import Calibration, calibrate
 from search.config import SweepConfig
 from search.forecast import forecast, print_forecast
 from search.plan import Plan, make_plan
+from tests.extent import long
 
 TRAIN, BATCH = 128, 32  # every mark is a whole number of batches
 MEASURED = Calibration(
@@ -220,6 +221,7 @@ def test_the_printout_says_what_was_measured(
         assert part in " ".join(told.split()), part
 
 
+@long
 @pytest.mark.slow
 def test_a_real_sweep_costs_what_was_forecast(tmp_path: Path) -> None:
     from search.journal import FILE_NAME, load_state

@@ -26,6 +26,7 @@ from search.records import TAG_CHARS, decision_tags, milliseconds, plan_tags, tr
 from search.simulate import VirtualClock
 from search.state import Event, TrialState
 from search.tracking import Recorder
+from tests.extent import long
 
 MARKS, RUNGS = (100, 200, 300, 400), (100, 300)
 
@@ -298,6 +299,7 @@ def test_no_tag_of_a_sweep_or_trial_is_too_long_for_the_store(tmp_path: Path) ->
         assert json_tag(prefixed, tag, None, "run") == value
 
 
+@long
 @pytest.mark.slow
 def test_the_benchmark_of_a_large_sweep_runs(tmp_path: Path) -> None:
     bench = Path(__file__).parent / "bench" / "bench_report.py"

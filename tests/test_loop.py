@@ -100,7 +100,7 @@ def test_cut_anywhere_and_continued_equals_uninterrupted(
     end = without_timings(whole.state_dict())
     assert len(reports) == 6
 
-    for cut in range(len(reports)) if ALL else (0, 3, 5):
+    for cut in range(len(reports)) if ALL else (1, 4):
         continued = Trainer(config, data)
         checkpoint = load_checkpoint(tmp_path / f"{cut}.pt")
         continued.load_state_dict(checkpoint.state)

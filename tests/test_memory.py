@@ -21,6 +21,7 @@ from search.memory import (
     gpu_memory_fraction,
     killed_for_memory,
 )
+from tests.extent import long
 from trainer.device import keep_freed_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only")
@@ -205,6 +206,7 @@ print("RESULTS", len(results), len(results.errors))
 """
 
 
+@long
 @pytest.mark.slow
 @linux
 def test_a_worker_that_ray_kills_for_memory_costs_its_trial_and_not_the_run(tmp_path: Path) -> None:

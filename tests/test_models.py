@@ -73,12 +73,6 @@ def marked(name: str, *values: Any) -> Any:
 
 
 encoders = pytest.mark.parametrize("name", [marked(name) for name in ENCODERS])
-conformance = pytest.mark.parametrize(
-    ("name", "size"),
-    [marked(name, size) for name, size in [*((name, 32) for name in ENCODERS), *FAMILIES.items()]],
-)
-
-
 each_family = pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -104,7 +98,7 @@ def images(count: int, size: int) -> torch.Tensor:
 # ---------------------------------------------------------------------- all encoders
 
 
-@conformance
+@each_family
 def test_shape_gradient_and_mode(name: str, size: int) -> None:
     encoder, feature_dim = seeded(name, size)
     features = encoder(images(4, size))

@@ -29,6 +29,7 @@ from search.node_data import (
     on_this_node,
 )
 from search.provenance import describe_data
+from tests.extent import long
 from trainer.datasets import DataSplits, load_dataset
 from trainer.images import RawImages, StoredImages
 
@@ -348,6 +349,7 @@ def test_a_disk_without_room_is_an_error_before_and_during_the_copy(
     assert folders_of(copied) == {str(entries(tiny_disk)[0] / "copy")}
 
 
+@long
 @pytest.mark.slow
 def test_trials_on_a_node_fetch_its_copy_once_from_the_drivers_node(
     folder: Path, tmp_path: Path

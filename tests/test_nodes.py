@@ -25,6 +25,7 @@ from search.nodes import (
     package_folders,
     shipped_code,
 )
+from tests.extent import long
 
 DRIVER = {
     "python": "3.11",
@@ -205,6 +206,7 @@ def scaled(tmp_path: Path) -> Iterator[str]:
             head.wait()
 
 
+@long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Ray's pretended autoscaler is for Linux")
 def test_an_autoscaler_is_asked_for_nodes_that_are_not_up(scaled: str, tmp_path: Path) -> None:

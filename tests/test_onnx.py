@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
+from tests.extent import long
 from trainer import programs
 from trainer.config import TrainConfig
 from trainer.export import ExportedEncoder
@@ -94,7 +95,14 @@ def test_programs_give_the_features_of_the_trainer(small: Saved) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "size"), [("resnet18", 16), ("vgg11", 32), ("vit_tiny", 16)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 16),
+        pytest.param("vgg11", 32, marks=long),
+        pytest.param("vit_tiny", 16, marks=long),
+    ],
+)
 def test_programs_of_larger_encoders(
     name: str, size: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

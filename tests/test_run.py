@@ -9,8 +9,10 @@ import pytest
 from search.run import Sweep
 from search.tune_run import draining_on_signal
 from tests.chaos import Attack
+from tests.extent import long
 
 
+@long
 @pytest.mark.slow
 def test_the_end_of_a_batch_job_drains_and_says_how_to_go_on(tmp_path: Path) -> None:
     """It signals the whole process group, Ray's servers with it if they were in it.

@@ -19,6 +19,7 @@ from search.locks import locked
 from search.state import SCHEMA, SweepState
 from search.user_files import sha256
 from tests.conftest import Verbs
+from tests.extent import long
 
 ROOT = Path(__file__).parent.parent
 SPACE = """
@@ -202,6 +203,7 @@ def wait_for(
     raise AssertionError("the sweep did not get there")
 
 
+@long
 @pytest.mark.slow
 def test_a_running_sweep_obeys_each_command_once(
     tmp_path: Path, verbs: Verbs, start: Callable[..., subprocess.Popen[str]]

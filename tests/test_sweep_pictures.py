@@ -25,6 +25,7 @@ from search.journal import load_state
 from search.pictures import make_pictures, pictured_trials
 from search.state import SweepState, TrialState
 from search.storage import Folder
+from tests.extent import long
 from trainer.checkpoint import save_checkpoint
 from trainer.config import TrainConfig
 from trainer.datasets import DataSplits, load_for
@@ -476,6 +477,7 @@ def test_the_axes_say_what_they_hold(files: dict[str, bytes]) -> None:
 # ---- whole sweeps on Ray
 
 
+@long
 @pytest.mark.slow
 def test_a_sweep_ends_with_pictures_of_its_best_trials(tmp_path: Path, one_ray: None) -> None:
     """Again when it is extended, and well when the best trial's checkpoint is gone by then."""

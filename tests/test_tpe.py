@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.tpe import FAIR_SHARE, RANDOM_SHARE, History, RungTPE
 from spaces import SPACES, Space, run_space
+from tests.extent import long
 
 RUNGS = (100, 300, 900)
 STATES = [optuna.trial.TrialState[name] for name in ("COMPLETE", "PRUNED", "PRUNED", "FAIL")]
@@ -87,8 +88,15 @@ class Oracle(optuna.samplers.TPESampler):
         return [trial for trial in trials if trial in good], others
 
 
+SEARCHED = [
+    dynamic,
+    SPACES["losses"],
+    *(pytest.param(space, marks=long) for name, space in SPACES.items() if name != "losses"),
+]
+
+
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-@pytest.mark.parametrize("space", [dynamic, *SPACES.values()])
+@pytest.mark.parametrize("space", SEARCHED)
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_suggestions_are_optunas_own_for_these_good_and_other_trials(
     space: Space, direction: str, monkeypatch: pytest.MonkeyPatch

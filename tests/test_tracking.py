@@ -25,6 +25,7 @@ from search.journal import Journal
 from search.simulate import Outcome
 from search.tracking import Recorder
 from search.uris import check_tracking_uri, redacted, refuse_credentials, without_credentials
+from tests.extent import long
 from tests.simulated import simulated_sweep
 
 MARKS = [100, 200, 300]
@@ -399,6 +400,7 @@ def server(
     process.wait()
 
 
+@long
 @pytest.mark.slow
 def test_a_server_that_hangs_and_comes_back_misses_nothing(
     tmp_path: Path, server: tuple[str, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch

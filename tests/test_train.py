@@ -38,6 +38,7 @@ from search.train import (
     trial_to_repeat,
 )
 from tests.conftest import Verbs
+from tests.extent import long
 from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
 from trainer.datasets import DataSplits, ImageFiles, Split, load_for
@@ -205,6 +206,7 @@ def test_a_finished_run_resumed_stays_as_it_is(data: DataSplits, tmp_path: Path)
     assert rows(tmp_path / "run") == before
 
 
+@long
 @pytest.mark.slow
 def test_killed_and_resumed_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbs: Verbs

@@ -21,6 +21,7 @@ from search.user_files import (
     loss_files,
     to_json,
 )
+from tests.extent import long
 from trainer.datasets import load_dataset, load_for
 
 LOSS = """
@@ -113,6 +114,7 @@ def pictures(folder: Path, *, classes: bool) -> str:
     return f"folder:{folder}"
 
 
+@long
 @pytest.mark.slow
 def test_a_streamed_sweep_gives_what_one_in_memory_gives(tmp_path: Path, one_ray: None) -> None:
     dataset = pictures(tmp_path / "pictures", classes=True)
@@ -129,6 +131,7 @@ def test_a_streamed_sweep_gives_what_one_in_memory_gives(tmp_path: Path, one_ray
     assert found["yes"] == found["no"]
 
 
+@long
 @pytest.mark.slow
 def test_images_without_labels_are_searched_by_their_rank(tmp_path: Path, one_ray: None) -> None:
     flat = tmp_path / "flat"
