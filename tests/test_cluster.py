@@ -232,6 +232,7 @@ def test_every_node_runs_the_code_of_the_driver(
             assert seen["job"] == of_the_job
 
 
+@long
 @pytest.mark.slow
 def test_a_node_with_other_versions_or_without_our_code_is_named(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -241,7 +241,7 @@ def test_one_from_a_storage_comes_below_its_sweep(tmp_path: Path) -> None:
 
 # --- the real thing
 
-CONFIRM = ["--top", "1", "--seeds", "2", "--epochs", "2"]
+CONFIRM = ["--top", "2", "--seeds", "2", "--epochs", "2"]
 
 
 @pytest.mark.slow
@@ -249,13 +249,17 @@ CONFIRM = ["--top", "1", "--seeds", "2", "--epochs", "2"]
 def test_a_confirmation_tells_all_killed_or_not(
     killed: bool, tmp_path: Path, verbs: Verbs, one_ray: None
 ) -> None:
-    folder = tmp_path / "runs" / "swept"
+    """Of a sweep with a loss of the user's own, whose file is gone by now."""
+    folder, loss = tmp_path / "runs" / "swept", tmp_path / "my_loss.py"
+    loss.write_text("def mine(z0, z1, config):\n    return (z0 - z1).square().mean() - z0.std()\n")
     fields = ["--set", "image_size=8", "--train-limit", "200", "--set", "batch_size=64"]
+    fields += ["--set", f"loss={loss}:mine"]
     swept = verbs.json(
         *("sweep", "--name", "swept", "--out", folder.parent, "--trials", "2", "--epochs", "1"),
         *("--scheduler", "none", "--no-pictures", *fields),
     )
     assert swept["state"] == "finished"
+    loss.unlink()
     source = load_state(folder / FILE_NAME).header["sweep_id"]
     if killed:
         victim = Attack(folder, "confirm-1", out=".")

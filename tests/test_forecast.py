@@ -126,6 +126,7 @@ def test_gpu_hours_are_those_of_the_trials_shares(tmp_path: Path) -> None:
     assert found.gpu_hours.mean == pytest.approx(found.hours.mean * 3 * 0.25)
 
 
+@long
 def test_very_many_trials_are_extrapolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tmp_path, trials=120, sampler="random")
     whole = forecast(plan, 4, calibration=MEASURED)

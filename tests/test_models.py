@@ -76,14 +76,11 @@ encoders = pytest.mark.parametrize("name", [marked(name) for name in ENCODERS])
 each_family = pytest.mark.parametrize(
     ("name", "size"),
     [
-        *(marked(name, 32) for name in ENCODERS),
-        *(
-            pytest.param(name, size, id=name, marks=() if name in QUICK else long)
-            for name, size in FAMILIES.items()
-        ),
+        pytest.param(name, size, id=name, marks=() if name in QUICK else long)
+        for name, size in [*((name, 32) for name in ENCODERS), *FAMILIES.items()]
     ],
 )
-"""Of torchvision's, whose layers are not ours, one by default."""
+"""By default one of each kind of ours and one of torchvision's."""
 
 
 def seeded(name: str, size: int, seed: int = 0) -> tuple[nn.Module, int]:
@@ -338,6 +335,7 @@ print(peak() - before)
 """
 
 
+@long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
 def test_the_check_takes_no_memory() -> None:

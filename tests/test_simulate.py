@@ -143,7 +143,7 @@ def test_the_same_seed_gives_the_same_journal_byte_by_byte(variant: str, tmp_pat
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=times(4, 10), deadline=None)
 @given(data=st.data())
 def test_rebuilt_at_any_line_it_goes_on_as_it_would_have(
     variant: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

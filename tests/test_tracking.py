@@ -388,13 +388,15 @@ def server(
     with (tmp_path / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     uri = f"http://127.0.0.1:{port}"
-    for _ in range(240):
+    for _ in range(960):
         try:
             urlopen(f"{uri}/health", timeout=2).read()
             break
         except OSError:
             assert process.poll() is None, (tmp_path / "server.log").read_text()
             time.sleep(0.25)
+    else:
+        raise AssertionError((tmp_path / "server.log").read_text())
     yield uri, process
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from search.trainable import ContrastiveTrainable
+from tests.extent import long
 from trainer.datasets import DataSplits, load_dataset
 from trainer.device import is_of_accelerator, is_out_of_memory
 
@@ -138,7 +139,9 @@ def stubborn(z0, z1, config):
     "kinds",
     [
         ["leak"],
-        pytest.param(["one_tensor", "arrays", "stubborn", "encoder"], marks=pytest.mark.slow),
+        pytest.param(
+            ["one_tensor", "arrays", "stubborn", "encoder"], marks=[long, pytest.mark.slow]
+        ),
     ],
 )
 def test_a_trial_over_its_memory_limit_ends_and_the_next_one_is_unharmed(

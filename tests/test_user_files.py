@@ -78,6 +78,7 @@ def small(tmp_path: Path, **fields: Any) -> SweepConfig:
     return SweepConfig(**(base | {"train_limit": 200, "val_limit": 60} | fields), fixed=fixed)
 
 
+@long
 @pytest.mark.slow
 def test_a_sweep_with_own_losses_goes_on_from_its_copies(tmp_path: Path, one_ray: None) -> None:
     refs = [loss_at(tmp_path / "a.py"), loss_at(tmp_path / "b.py", "push", 2.0)]
