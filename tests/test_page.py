@@ -85,6 +85,14 @@ def test_the_page_loads_without_errors_requests_or_sideways_scrolling(
                 "Array.from(document.querySelectorAll('%s'), b => b.scrollWidth - b.clientWidth)"
             )
             assert browser.evaluate(boxes % ".board .box") == [0, 0]
+    # a table that goes on to the right fades there, until it is scrolled to its end
+    fades = "Array.from(document.querySelectorAll('.box'), b => b.classList.contains('on'))"
+    wider = "Array.from(document.querySelectorAll('.box'), b => b.scrollWidth > b.clientWidth + 1)"
+    assert any(browser.evaluate(fades))
+    assert browser.evaluate(fades) == browser.evaluate(wider)
+    browser.evaluate("document.querySelectorAll('.box').forEach(b => b.scrollLeft = 9999)")
+    browser.evaluate(SETTLE)
+    assert not any(browser.evaluate(fades))
     asked = [url for url in browser.requests[before[0] :] if not url.startswith("data:")]
     assert asked == [page.as_uri()]
     assert browser.messages[before[1] :] == []

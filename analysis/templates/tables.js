@@ -167,4 +167,15 @@
   var boards = document.getElementById("boards");
   boards = boards ? JSON.parse(boards.textContent) : {};
   Object.keys(boards).forEach(function (id) { board(document.getElementById(id), boards[id]); });
+  // a table that goes on to the right fades there, as scroll bars are hidden on many machines
+  function fade(box) {
+    box.classList.toggle("on", box.scrollWidth - box.clientWidth - box.scrollLeft > 1);
+  }
+  var sizes = new ResizeObserver(function (entries) {
+    entries.forEach(function (entry) { fade(entry.target.closest(".box")); });
+  });
+  document.querySelectorAll(".box").forEach(function (box) {
+    box.addEventListener("scroll", function () { fade(box); }, {passive: true});
+    [box].concat(Array.from(box.children)).forEach(function (node) { sizes.observe(node); });
+  });
 })();
