@@ -52,7 +52,8 @@ class Calibration:
     is_default: bool
     """Of the space; else the sweep's base configuration."""
     encoder: str
-    loss: str
+    learns: str
+    """Its loss, or the task of an adaptation."""
     batch_size: int
     device: str
     threads: int
@@ -99,7 +100,7 @@ def calibrate(
     return Calibration(
         is_default=plan.defaults is not None,
         encoder=trained.encoder,
-        loss=trained.loss,
+        learns=trained.loss if trained.task == "pretrain" else trained.task,
         batch_size=trained.batch_size,
         device=measured[0].device,
         threads=trained.threads or 1,

@@ -194,7 +194,7 @@ def print_forecast(found: Forecast) -> None:
     processes = "process" if measured.at_once == 1 else "processes"
     threads = "thread" if measured.threads == 1 else "threads"
     out_console.print(
-        f"measured: {which} ({measured.encoder}, {measured.loss}, batch size "
+        f"measured: {which} ({measured.encoder}, {measured.learns}, batch size "
         f"{measured.batch_size:,}) in {measured.at_once} {processes} at once here, "
         f"{measured.threads} {threads} each, on {measured.device}: {measured.images_per_s:,.0f} "
         f"images a second, {measured.evaluation_s:.2g} s a report; other batch sizes, losses and "

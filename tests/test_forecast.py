@@ -21,7 +21,7 @@ TRAIN, BATCH = 128, 32  # every mark is a whole number of batches
 MEASURED = Calibration(
     is_default=True,
     encoder="conv_small",
-    loss="nt_xent",
+    learns="nt_xent",
     batch_size=BATCH,
     device="cpu",
     threads=1,
@@ -171,7 +171,7 @@ def test_a_calibration_measures_and_leaves_nothing_behind(
     measured = calibrate(plan, 2, 0.0, seconds=0.2)
     assert [each.name for each in tmp_path.iterdir()] == ["temporary"]
     assert not [each for each in temporary.iterdir() if "contrasweep" in each.name]
-    assert (measured.encoder, measured.loss, measured.device) == ("conv_small", "nt_xent", "cpu")
+    assert (measured.encoder, measured.learns, measured.device) == ("conv_small", "nt_xent", "cpu")
     assert (measured.batch_size, measured.at_once, measured.threads) == (BATCH, 2, 1)
     assert measured.is_default
     assert 1 < measured.images_per_s < 1e6
