@@ -72,13 +72,14 @@ def log_model(
         run = None
         if source["trial"] is not None:
             run = _run_of(client, experiment, source["sweep_id"], source["trial"])
-        found = _logged(client, experiment, about["model"])
+        tags = {f"{PREFIX}model": about["model"]}
+        tags |= {f"{PREFIX}{k}": str(source[k]) for k in ("sweep_id", "trial") if k in source}
+        found = _logged(client, experiment, tags)
         if found is not None:
             if source["confirmed"]:
                 _confirm(client, found, card)
             return {"model_id": str(found.model_id), "run_id": run, "new": False}
-        tags = {f"{PREFIX}model": about["model"], f"{PREFIX}confirmed": str(source["confirmed"])}
-        tags |= {f"{PREFIX}{k}": str(source[k]) for k in ("sweep_id", "trial") if k in source}
+        tags |= {f"{PREFIX}confirmed": str(source["confirmed"])}
         params = {"encoder": about["encoder"], "image_size": str(about["image_size"])}
         params["feature_dim"] = str(about["feature_dim"])
         made = client.create_logged_model(experiment, MODEL_NAME, run, tags, params)
@@ -150,11 +151,14 @@ def _confirm(client: MlflowClient, model: LoggedModel, card: str) -> None:
     client.set_logged_model_tags(model.model_id, {tag: str(True)})
 
 
-def _logged(client: MlflowClient, experiment: str, model: str) -> LoggedModel | None:
-    """The model that is there already, and whole."""
+def _logged(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> LoggedModel | None:
+    """The model with these tags that is there already, and whole."""
+    model = tags[f"{PREFIX}model"]
     found = client.search_logged_models([experiment], f"tags.`{PREFIX}model` = '{model}'")
-    ready = [each for each in found if str(each.status).endswith("READY")]
-    return ready[0] if ready else None
+    for each in found:
+        if str(each.status).endswith("READY") and tags.items() <= each.tags.items():
+            return each
+    return None
 
 
 def _save(folder: Path, encoder: ExportedEncoder, model_id: str, run: str | None) -> None:

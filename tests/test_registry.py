@@ -146,6 +146,18 @@ def test_a_model_that_is_confirmed_after_it_was_logged_says_so(tmp_path: Path) -
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
+def test_equal_weights_of_two_sweeps_are_a_model_each(tmp_path: Path) -> None:
+    data = small_data()
+    told = [
+        export(built_sweep(tmp_path, data, name), "--trial", 1)[0]["mlflow"] for name in ("a", "b")
+    ]
+    assert [each["new"] for each in told] == [True, True]
+    models = models_of(MlflowClient(told[0]["tracking_uri"]))
+    assert {each.model_id for each in models} == {each["model_id"] for each in told}
+    assert len({each.tags["contrasweep.model"] for each in models}) == 1
+    assert {each.source_run_id for each in models} == {each["run_id"] for each in told}
+
+
 def test_a_run_of_train_is_registered_by_itself(
     runs: Path, tmp_path: Path, exported: dict[str, Any], client: MlflowClient
 ) -> None:
