@@ -1,4 +1,4 @@
-# make demo    a sweep on the built-in digits, about two minutes on two cores, and its report
+# make demo    a sweep on the built-in digits, two to four minutes on two cores, and its report
 # make test    ruff, mypy, pytest
 # make test-all   the same with every repetition and every long test: CONTRASWEEP_TESTS=all
 # make chaos   real drivers, workers, nodes and servers killed, each on its own; 25 to 45 minutes

@@ -44,9 +44,10 @@ def headline(summary: dict[str, Any]) -> str:
     if figure is None:
         return ""
     seeds = "1 fresh seed" if figure["n"] == 1 else f"{figure['n']} fresh seeds"
+    each = "1 epoch" if summary["epochs"] == 1 else f"{summary['epochs']:g} epochs"
     return (
         f"{capitalised(winner['candidate'])} reaches {summary['objective']} {accuracy(figure)} on "
-        f"{format_count(summary['test_images'])} test images, as the mean of {seeds}"
+        f"{format_count(summary['test_images'])} test images after {each}, as the mean of {seeds}"
     )
 
 

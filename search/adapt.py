@@ -178,7 +178,7 @@ def plan_adaptation(
         raise ValueError(f"--task must name tasks once each, got {','.join(tasks)!r}")
     for fraction in fractions:
         if not 0 < fraction <= 1:
-            raise ValueError(f"--labels-fraction must be in (0, 1], got {fraction:g}")
+            raise ValueError(f"--labels-fraction must be in (0, 1], 0.1 for 10 %, got {fraction:g}")
     if len({f"{fraction:g}" for fraction in fractions}) < len(fractions) or not fractions:
         raise ValueError("--labels-fraction must name fractions once each")
     if not (math.isfinite(epochs) and epochs > 0):

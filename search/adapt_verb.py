@@ -68,14 +68,16 @@ def adapt(
     epochs: Annotated[
         float | None,
         typer.Option(
-            help=f"Of fine-tuning: passes over the labels that are used. (default: {EPOCHS:g})"
+            help="Of fine-tuning: passes over the labels that are used; "
+            f"--least-steps may ask for more. (default: {EPOCHS:g})"
         ),
     ] = None,
     least_steps: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help=f"Of fine-tuning, however few labels there are. (default: {LEAST_STEPS})",
+            help="Of fine-tuning, whatever --epochs says: few labels need many passes. "
+            f"(default: {LEAST_STEPS})",
         ),
     ] = None,
     class_weights: Annotated[
@@ -208,7 +210,9 @@ class AdaptDisplay(Listener):
         self._bar.stop()
 
     def on_row(self, row: Row, number: int, total: int, images: int) -> None:
-        """Begin the bar anew."""
+        """Begin the bar anew, and say at first what is not done again."""
+        if number > 1 and not self._place:
+            self._console.print(f"{number - 1} of {total} were done before")
         self._place = f"{number}/{total} {_told(row.task)}, {row.fraction:.3g} of the labels"
         self._bar.reset(self._task, total=images or None, text=self._place)
 

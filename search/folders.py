@@ -18,7 +18,10 @@ def sweep_folder(directory: Path) -> Path:
     """`directory`, made absolute; ValueError if no sweep is there."""
     directory = directory.expanduser().resolve()
     if not (directory / FILE_NAME).is_file():
-        raise ValueError(f"{directory} is not a sweep's folder: it has no {FILE_NAME}")
+        why = f"it has no {FILE_NAME}" if directory.exists() else "it does not exist"
+        raise ValueError(
+            f"{directory} is not a sweep's folder: {why}; give the folder of a sweep, as runs/NAME"
+        )
     return directory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from search import adapt as adapting
+from search.adapt_verb import AdaptDisplay
 from search.adapted import confusion
 from search.cli import app
 from search.journal import FILE_NAME, load_state
@@ -150,6 +153,14 @@ def test_a_killed_fine_tuning_goes_on_where_it_was(
     assert row["lr"] in adapting.RATES
 
 
+def test_what_is_not_done_again_is_said_once() -> None:
+    out = io.StringIO()
+    with AdaptDisplay(Console(file=out)) as display:
+        for number in (3, 4):
+            display.on_row(adapting.Row("knn", 0.1, number), number, 4, 100)
+    assert out.getvalue().split("\n") == ["2 of 4 were done before", ""]
+
+
 def test_from_scratch_and_unlike_classes(tmp_path: Path) -> None:
     result = adapt(
         "scratch:conv_small", "--task", "finetune", "--class-weights", "balanced", "--seeds", "1",
@@ -167,7 +178,7 @@ def test_from_scratch_and_unlike_classes(tmp_path: Path) -> None:
     [
         (("--task", "probe"), "--task must be of knn, linear, finetune, got 'probe'"),
         (("--task", "knn,knn"), "must name tasks once each"),
-        (("--labels-fraction", "0"), r"--labels-fraction must be in (0, 1], got 0"),
+        (("--labels-fraction", "0"), r"--labels-fraction must be in (0, 1], 0.1 for 10 %, got 0"),
         (("--labels-fraction", "a"), "--labels-fraction must be numbers such as"),
         (("--task", "finetune", "--epochs", "0"), "--epochs must be above 0, got 0"),
         (("--head", "mlp"), "head has no effect: task=linear does not read it"),

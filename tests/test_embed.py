@@ -375,8 +375,8 @@ def test_mistakes_are_one_line(verbs: Any, model: Path, pictures: Path, tmp_path
     assert "'a.csv'; rename it" in refused(to=Path("a.csv"))
     assert "does not exist; give a folder of images" in refused(tmp_path / "none")
     assert "is a file; give a folder of images" in refused(texts / "a.txt")
-    assert "holds no image, but no files; expected .bmp" in refused(empty)
-    assert "holds no image, but 1 other files" in refused(texts)
+    assert "holds no file; expected .bmp" in refused(empty)
+    assert "holds no image among its 1 files; expected .bmp" in refused(texts)
     assert "can be read; the first is 'a.png': it is no image" in refused(broken)
     assert "does not exist or is no file" in refused(at=tmp_path / "none")
     assert "device must be auto, cpu" in verbs.refused(

@@ -374,7 +374,7 @@ def test_read_only_arrays_are_used_without_a_copy_or_a_warning(data: DataSplits)
     [
         (
             {"batch_size": 151},
-            "batch_size must be at most the 150 images .* got 151; set batch_size lower",
+            "batch_size must be at most the 150 images .* got 151; use more images or fix it",
         ),
         ({"encoder": "vit"}, "encoder .*conv_small, resnet18.*'vit'"),
         ({"encoder_weights": "/nowhere"}, "encoder_weights '/nowhere' is no file"),

@@ -65,7 +65,7 @@ def check_fits(config: TrainConfig, data: DataSplits) -> None:
     if config.batch_size > len(data.train):
         raise ValueError(
             f"batch_size must be at most the {len(data.train):,} images of the train split, "
-            f"got {config.batch_size:,}; set batch_size lower or use more images"
+            f"got {config.batch_size:,}; use more images or fix it by --set batch_size=VALUE"
         )
     if "labels" in get_loss(config.loss).needs and (data.train.labels < 0).any():
         raise ValueError(

@@ -192,10 +192,8 @@ def _find(folder: Path, own: set[str]) -> _Found:
     except OSError as error:
         raise ValueError(f"cannot read {error.filename!r}: {error.strerror}; fix it") from None
     if not names:
-        there = f"{others.count} other files" if others.count else "no files"
-        raise ValueError(
-            f"folder {root!r} holds no image, but {there}; expected {', '.join(sorted(EXTENSIONS))}"
-        )
+        there = f"no image among its {others.count} files" if others.count else "no file"
+        raise ValueError(f"folder {root!r} holds {there}; expected {', '.join(sorted(EXTENSIONS))}")
     return _Found(root, np.array(names, np.bytes_), digest.hexdigest()[:32], others)
 
 

@@ -183,10 +183,17 @@ def encoder_file(path: Path | str) -> Path:
 
     ValueError where there is none, or where it is plainly one of another format.
     """
-    path = Path(path).expanduser()
-    path = path / FILE if path.is_dir() else path
+    given = Path(path).expanduser()
+    path = given / FILE if given.is_dir() else given
+    if (given / "events.jsonl").is_file():  # the journal of a sweep
+        raise ValueError(
+            f"{given} is a sweep, not an encoder; export one by 'contrasweep export {given}', "
+            f"then give {given / 'export'}"
+        )
     if not path.is_file():
-        raise ValueError(f"encoder {path} does not exist or is no file; check the path")
+        raise ValueError(
+            f"encoder {path} does not exist or is no file; give an {FILE} or its folder"
+        )
     with path.open("rb") as file:
         start = file.read(4)
     if start.startswith((b"PK\x03\x04", b"\x80")):
