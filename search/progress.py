@@ -34,10 +34,19 @@ SYMBOLS = {"completed": "✓", WORDS["pruned"]: "✂", BY_COMMAND: "✂", "unfin
 
 
 def time_left_s(state: SweepState, now: float) -> float | None:
-    """Seconds to the end if the trials to come cost what the finished ones did; None: unknown."""
+    """Seconds to the end if the trials to come cost what the finished ones did; None: unknown.
+
+    The pace is that since the first report: what came before is the start of Ray and of workers.
+    """
     ended = [trial for trial in state.trials.values() if trial.state is not None]
-    wall_s = state.wall_before_s + now - state.session_started
-    if not ended or state.samples_seen == 0:
+    if not ended or not state.reports:
+        return None
+    first = state.reports[0]
+    images = state.samples_seen - int(first["samples_seen"])
+    wall_s = now - float(first["time"])
+    if state.wall_before_s:  # earlier sessions have starts of their own
+        images, wall_s = state.samples_seen, state.wall_before_s + now - state.session_started
+    if images <= 0:
         return None
     per_trial = sum(trial.samples_seen for trial in ended) / len(ended)
     running = sum(
@@ -46,7 +55,7 @@ def time_left_s(state: SweepState, now: float) -> float | None:
         if trial.state is None
     )
     to_come = (state.planned - len(state.trials)) * per_trial + running
-    return max(0.0, to_come / (state.samples_seen / max(wall_s, 1e-9)))
+    return max(0.0, to_come * wall_s / images)
 
 
 def duration(seconds: float) -> str:
