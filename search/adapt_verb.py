@@ -286,11 +286,13 @@ def _print_recall(result: dict[str, Any]) -> None:
     if not entries:
         return
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    table.add_column("recall")
-    table.add_column("images", justify="right")
-    for entry in entries:
-        table.add_column(_told(entry["task"]), justify="right", no_wrap=True)
     first = entries[0]["recall"]
+    longest = max(len(name) for name in first)
+    # where a terminal is narrow, an interval goes below its value and a name stays whole
+    table.add_column("recall", min_width=min(longest, 16), overflow="fold")
+    table.add_column("images", justify="right", no_wrap=True, min_width=6)
+    for entry in entries:
+        table.add_column(_told(entry["task"]), justify="right", min_width=11)
     classes = [name for name in first if first[name]["recall"] is not None]
     if len(classes) > SHOWN_CLASSES:
         classes = sorted(classes, key=lambda name: float(first[name]["recall"]))[:SHOWN_CLASSES]

@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from search import adapt as adapting
+from search import adapt_verb
 from search.adapt_verb import AdaptDisplay
 from search.adapted import confusion
 from search.cli import app
@@ -159,6 +160,22 @@ def test_what_is_not_done_again_is_said_once() -> None:
         for number in (3, 4):
             display.on_row(adapting.Row("knn", 0.1, number), number, 4, 100)
     assert out.getvalue().split("\n") == ["2 of 4 were done before", ""]
+
+
+def test_names_of_classes_stay_whole_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(adapt_verb, "out_console", Console(file=out, width=80))
+    figure = {"recall": 0.5, "low": 0.25, "high": 0.75, "images": 60}
+    recall = {"automobile": figure, "aeroplane": figure}
+    tasks = ("knn", "linear", "finetune", "scratch", "linear")
+    entries = [{"task": task, "fraction": 1.0, "recall": recall} for task in tasks]
+    adapt_verb._print_recall({"results": entries})
+    told = out.getvalue()
+    for part in ("recall", "images", "automobile", "aeroplane", "finetune", "(0.25-0.75)"):
+        assert part in told
+    assert "…" not in told
 
 
 def test_from_scratch_and_unlike_classes(tmp_path: Path) -> None:
