@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from search.config import write_atomically
+from search.folders import encoder_of
 from search.locks import locked
 from search.provenance import describe_data, git_commit, versions
 from trainer.atomic import replacing
@@ -260,8 +261,7 @@ def _of_model(model: str) -> tuple[dict[str, Any], str | None, str]:
 
     if model.startswith(SCRATCH_PREFIX):
         return {"encoder": model.removeprefix(SCRATCH_PREFIX)}, None, model
-    path = Path(model).expanduser().resolve()
-    path = path / "encoder.safetensors" if path.is_dir() else path
+    path = encoder_of(model)
     exported = load_encoder(path)
     chances = {f"{name}_p": exported.config.chance(name) for name in INHERITED}
     moving = ("rotation", "translation", "scaling")

@@ -51,12 +51,13 @@ def embed(
     Columns: file, class (the first folder below FOLDER) and features. The same command
     goes on with a run that was interrupted.
     """
+    from search.folders import encoder_of
     from trainer.embed import embed_folder
 
     try:
         with EmbedDisplay(err_console) as display:
             done = embed_folder(
-                model,
+                encoder_of(model),
                 folder,
                 out,
                 batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""Where a sweep is: its folder, and the place on a storage that its checkpoints have."""
+"""Where a sweep is: its folder, the place of its checkpoints on a storage; where an encoder is."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ def sweep_folder(directory: Path) -> Path:
             f"{directory} is not a sweep's folder: {why}; give the folder of a sweep, as runs/NAME"
         )
     return directory
+
+
+def encoder_of(model: Path | str) -> Path:
+    """The file of an encoder that a user names, made absolute; ValueError where there is none."""
+    from trainer.export import encoder_file
+
+    given = Path(model).expanduser()
+    if (given / FILE_NAME).is_file():
+        raise ValueError(
+            f"{given} is a sweep, not an encoder; export one by 'contrasweep export {given}', "
+            f"then give {given / 'export'}"
+        )
+    return encoder_file(given.resolve())
 
 
 def storage_of(config: SweepConfig, directory: Path, name: str) -> Storage:

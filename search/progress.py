@@ -41,11 +41,11 @@ def time_left_s(state: SweepState, now: float) -> float | None:
     ended = [trial for trial in state.trials.values() if trial.state is not None]
     if not ended or not state.reports:
         return None
-    first = state.reports[0]
-    images = state.samples_seen - int(first["samples_seen"])
-    wall_s = now - float(first["time"])
     if state.wall_before_s:  # earlier sessions have starts of their own
         images, wall_s = state.samples_seen, state.wall_before_s + now - state.session_started
+    else:
+        first = state.reports[0]
+        images, wall_s = state.samples_seen - first["samples_seen"], now - first["time"]
     if images <= 0:
         return None
     per_trial = sum(trial.samples_seen for trial in ended) / len(ended)

@@ -1,8 +1,8 @@
 """How much the tests try: CONTRASWEEP_TESTS=all asks for all repetitions and for the long tests.
 
 By default statistical tests repeat less, with a tolerance as much wider, and long tests are left
-out, most of them sweeps on Ray for one thing each, so that `make test` stays within a quarter of an
-hour on two cores; `make test-all` tries all.
+out, most of them sweeps on Ray for one thing each, so that `make test` takes about half the time;
+`make test-all` tries all.
 """
 
 from __future__ import annotations

@@ -361,9 +361,12 @@ def test_the_verb_tells_people_and_programs(
 
 
 def test_mistakes_are_one_line(verbs: Any, model: Path, pictures: Path, tmp_path: Path) -> None:
-    empty, texts, broken = (tmp_path / name for name in ("empty", "texts", "broken"))
-    for folder in (empty, texts, broken):
+    empty, texts, broken, sweep = made = [
+        tmp_path / n for n in ("empty", "texts", "broken", "sweep")
+    ]
+    for folder in made:
         folder.mkdir()
+    (sweep / "events.jsonl").touch()
     (texts / "a.txt").write_text("a")
     (broken / "a.png").write_text("a")
     out = tmp_path / "features.parquet"
@@ -379,6 +382,7 @@ def test_mistakes_are_one_line(verbs: Any, model: Path, pictures: Path, tmp_path
     assert "holds no image among its 1 files; expected .bmp" in refused(texts)
     assert "can be read; the first is 'a.png': it is no image" in refused(broken)
     assert "does not exist or is no file" in refused(at=tmp_path / "none")
+    assert "is a sweep, not an encoder; export one by 'contrasweep export" in refused(at=sweep)
     assert "device must be auto, cpu" in verbs.refused(
         "embed", model, pictures, "--out", out, "--device", "tpu"
     )
@@ -386,7 +390,7 @@ def test_mistakes_are_one_line(verbs: Any, model: Path, pictures: Path, tmp_path
         assert f"must be in [1, 512], got {size}" in verbs.refused(
             "embed", model, pictures, "--out", out, "--batch-size", size
         )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "empty", "texts"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "empty", "sweep", "texts"]
 
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

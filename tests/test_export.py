@@ -378,14 +378,10 @@ def test_foreign_files_are_refused_in_one_line(tmp_path: Path) -> None:
     bare, torchs = tmp_path / "bare.safetensors", tmp_path / "torch.pt"
     save_file({"weight": torch.ones(3)}, bare)
     torch.save({"weight": torch.ones(3)}, torchs)
-    sweep = tmp_path / "sweep"
-    sweep.mkdir()
-    (sweep / "events.jsonl").touch()
     for path, message in (
         (bare, "bare.safetensors is not one of a trainer"),
         (torchs, "torch.pt cannot be read: it is a pickle or an archive"),
         (tmp_path, "encoder.safetensors does not exist or is no file"),
-        (sweep, "is a sweep, not an encoder; export one by 'contrasweep export"),
         (tmp_path / "gone.safetensors", "gone.safetensors does not exist"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

@@ -183,13 +183,8 @@ def encoder_file(path: Path | str) -> Path:
 
     ValueError where there is none, or where it is plainly one of another format.
     """
-    given = Path(path).expanduser()
-    path = given / FILE if given.is_dir() else given
-    if (given / "events.jsonl").is_file():  # the journal of a sweep
-        raise ValueError(
-            f"{given} is a sweep, not an encoder; export one by 'contrasweep export {given}', "
-            f"then give {given / 'export'}"
-        )
+    path = Path(path).expanduser()
+    path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
             f"encoder {path} does not exist or is no file; give an {FILE} or its folder"
